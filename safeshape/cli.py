@@ -1,0 +1,58 @@
+"""The command line: a table of verbs. Exit 0 on success, 2 on bad input with one sentence, 1 on failure."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+# verb -> (what it does, module whose `main(argv)` returns what to print); only the verb that runs is imported.
+VERBS: dict[str, tuple[str, str]] = {
+    "demo": ("watch an aligned model lose its safety and keep it, offline, in minutes", "safeshape.verbs.demo"),
+    "train": ("fine-tune your model on your data with a safety policy", "safeshape.verbs.train"),
+    "score": ("score every partial answer of a dataset with a guard", "safeshape.verbs.score"),
+    "world": ("list or rebuild the embedded world's models", "safeshape.verbs.world"),
+}
+
+
+def usage() -> str:
+    """The list of verbs."""
+    lines = ["usage: safeshape VERB [--config FILE] [--flags]", ""]
+    lines += [f"  {verb:8}{text}" for verb, (text, _) in VERBS.items()]
+    return "\n".join(
+        [*lines, "", "`safeshape VERB --help` lists a verb's settings; `safeshape --version` its version."]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(importlib.import_module("safeshape").__version__)
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        print(f"safeshape: unknown verb {verb!r}; known: {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    run: Callable[[Sequence[str]], str] = importlib.import_module(VERBS[verb][1]).main
+    if os.environ.get("SAFESHAPE_DEBUG"):
+        print(run(rest))
+        return 0
+    try:
+        print(run(rest))
+    except (ValueError, OSError) as error:
+        print(f"safeshape {verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"safeshape {verb}: stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        print(f"safeshape {verb}: failed: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

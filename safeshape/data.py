@@ -1,0 +1,206 @@
+"""Rows in; tokens, labels and character offsets out; and the collator that carries token scores beside them.
+
+A row is `messages` (a conversation), or `prompt` and `completion` (two strings, or two lists of messages).
+Shape suffixes: B rows, L tokens of the padded batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import maybe_convert_to_chatml
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import pad
+
+from safeshape.types import IGNORE
+
+Message = Mapping[str, Any]
+_SENTINEL = "\ue000answer\ue001"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One assistant turn inside the rendered text; all numbers are character offsets, ends exclusive.
+
+    `start`, `end`: what the model has to produce, end-of-turn marker included. `answer_start`: where the answer's own
+    text begins; `stripped`: how many leading characters the chat template removed from it; `answer`: the text as the
+    row gives it. `p_safe`: the score a message carries itself. `last`: whether the row's `safety` is about this turn.
+    """
+
+    start: int
+    end: int
+    answer_start: int
+    stripped: int
+    answer: str
+    p_safe: float | None
+    last: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """The text to train on and its assistant turns. `special`: whether the tokenizer adds its own tokens."""
+
+    text: str
+    turns: tuple[Turn, ...]
+    special: bool
+
+
+def conversation(row: Mapping[str, Any]) -> list[Message] | None:
+    """The messages of a row, or None for a row of two plain strings.
+
+    Errors: ValueError, without the row's number, when the row is neither form.
+    """
+    row = maybe_convert_to_chatml(dict(row))
+    if row.get("messages") is not None:
+        return list(row["messages"])
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return None
+    if isinstance(prompt, Sequence) and isinstance(completion, Sequence) and not isinstance(prompt, str | bytes):
+        return [*prompt, *completion]
+    raise ValueError(
+        f"needs `messages`, or `prompt` and `completion` of the same form; it has: {', '.join(map(str, row))}"
+    )
+
+
+def answer_of(row: Mapping[str, Any]) -> str:
+    """The last assistant message of a row: the text that signals score and spans refer to.
+
+    Errors: ValueError when it is missing, empty or not the last message.
+    """
+    messages = conversation(row)
+    if messages is None:
+        answer = row["completion"]
+    else:
+        if not messages or messages[-1].get("role") != "assistant":
+            raise ValueError("the last message must be the assistant's")
+        answer = messages[-1].get("content")
+    if not isinstance(answer, str) or not answer.strip():
+        raise ValueError("the assistant's answer is empty or not a string")
+    return answer
+
+
+def as_messages(row: Mapping[str, Any]) -> list[Message]:
+    """The row as a conversation; two plain strings become a user and an assistant message."""
+    messages = conversation(row)
+    if messages is None:
+        return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+    return messages
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+    except TemplateError as error:
+        raise ValueError(f"the chat template rejects the conversation: {error}") from error
+
+
+def _with_sentinel(messages: Sequence[Message], index: int) -> list[Message]:
+    return [{**m, "content": _SENTINEL} if i == index else m for i, m in enumerate(messages)]
+
+
+def _chat_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], index: int, text: str) -> Turn:
+    answer = messages[index]["content"]
+    last = index == len(messages) - 1
+    marked = _template(tokenizer, _with_sentinel(messages, index))
+    answer_start = marked.find(_SENTINEL)
+    for shown in (answer, answer.strip()):
+        if answer_start >= 0 and text.startswith(shown, answer_start):
+            break
+    else:
+        raise ValueError("the chat template rewrites the answer, so its characters cannot be found in the text")
+    head = _template(tokenizer, messages[:index], add_generation_prompt=True) if index else ""
+    if last:
+        end = len(text)
+    else:
+        tail = _template(tokenizer, _with_sentinel(messages[: index + 1], index)).partition(_SENTINEL)[2]
+        end = answer_start + len(shown)
+        end += len(tail) if text.startswith(tail, end) else 0
+    p_safe = messages[index].get("p_safe")
+    return Turn(
+        start=len(head) if head and text.startswith(head) and len(head) <= answer_start else answer_start,
+        end=end,
+        answer_start=answer_start,
+        stripped=answer.find(shown),
+        answer=answer,
+        p_safe=None if p_safe is None or last else checked_p_safe(p_safe, "p_safe of an earlier message"),
+        last=last,
+    )
+
+
+def render(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    """Render a row and find its assistant turns: the last, and earlier ones that carry a `p_safe` of their own.
+
+    Errors: ValueError in one sentence, without the row's number.
+    """
+    answer = answer_of(row)
+    messages = conversation(row)
+    if messages is None:
+        prompt, eos = row["prompt"], tokenizer.eos_token or ""
+        text = prompt + answer + ("" if answer.endswith(eos) else eos)
+        turn = Turn(
+            start=len(prompt),
+            end=len(text),
+            answer_start=len(prompt),
+            stripped=0,
+            answer=answer,
+            p_safe=None,
+            last=True,
+        )
+        return Rendered(text=text, turns=(turn,), special=True)
+    if tokenizer.chat_template is None:
+        raise ValueError("the tokenizer has no chat template; give `prompt` and `completion` as strings instead")
+    text = _template(tokenizer, messages)
+    wanted = [i for i, m in enumerate(messages[:-1]) if m["role"] == "assistant" and m.get("p_safe") is not None]
+    turns = tuple(_chat_turn(tokenizer, messages, index, text) for index in (*wanted, len(messages) - 1))
+    return Rendered(text=text, turns=turns, special=False)
+
+
+def encode(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids and their character offsets in the rendered text.
+
+    Errors: ValueError for a tokenizer that cannot tell offsets.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer {type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
+    encoded = tokenizer(rendered.text, add_special_tokens=rendered.special, return_offsets_mapping=True)
+    return encoded["input_ids"], encoded["offset_mapping"]
+
+
+def checked_p_safe(value: object, name: str) -> float:
+    """The value as a probability. Errors: ValueError that names the field for NaN and anything outside [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
+    return float(value)
+
+
+class ShapedCollator:
+    """TRL's collator, plus `p_safe` and `answer_p_safe` padded beside the labels. Right padding only."""
+
+    def __init__(self, collator: DataCollatorForLanguageModeling) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch: dict[str, torch.Tensor] = self.collator(rows)
+        for name in ("p_safe", "answer_p_safe"):
+            scores = [torch.tensor(row[name], dtype=torch.float32) for row in rows]
+            batch[name] = pad(scores, padding_value=0.0, pad_to_multiple_of=self.collator.pad_to_multiple_of)
+        return batch
+
+
+def example_risk(labels_BL: torch.Tensor, answer_p_safe_BL: torch.Tensor) -> torch.Tensor:
+    """Risk 1 - p_safe of each example, shape (B,): the mean over its response tokens, which share one value a turn."""
+    counted_BL = labels_BL != IGNORE
+    total_B = ((1 - answer_p_safe_BL) * counted_BL).sum(-1)
+    return total_B / counted_BL.sum(-1).clamp(min=1)
+
+
+def response_position(labels_BT: torch.Tensor) -> torch.Tensor:
+    """1 for the first response token of each turn, 2 for the next, ...; 0 where no label counts."""
+    counted_BT = labels_BT != IGNORE
+    running_BT = counted_BT.cumsum(-1)
+    before_BT = torch.where(counted_BT, 0, running_BT).cummax(-1).values
+    return (running_BT - before_BT) * counted_BT

@@ -1,0 +1,101 @@
+"""What a run was: the record written as `safeshape.json`, the hash of its data, and the check before resuming."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import PreTrainedModel
+
+from safeshape.policies import Policy
+from safeshape.signals.align import COLUMNS
+from safeshape.types import IGNORE
+
+RECORD = "safeshape.json"
+_PACKAGES = ("safeshape", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+
+
+def signals_of(dataset: Dataset | IterableDataset) -> list[dict[str, Any]]:
+    """Who scored the data: each different signal and scorer in the `safety` column, with its row count."""
+    if isinstance(dataset, IterableDataset) or "safety" not in dataset.column_names:
+        return []
+    counts: dict[str, int] = {}
+    for safety in dataset["safety"]:
+        if safety is not None:
+            named = {"signal": safety.get("signal"), "scorer": safety.get("scorer")}
+            key = json.dumps(named, sort_keys=True, default=str)
+            counts[key] = counts.get(key, 0) + 1
+    return [{**json.loads(key), "rows": count} for key, count in counts.items()]
+
+
+def data_summary(dataset: Dataset | IterableDataset) -> dict[str, Any]:
+    """Rows, response tokens and a SHA-256 over tokens, labels and scores, in order. A stream has no hash."""
+    if isinstance(dataset, IterableDataset):
+        return {"rows": None, "response_tokens": None, "sha256": None}
+    digest, tokens = hashlib.sha256(), 0
+    for batch in dataset.select_columns(list(COLUMNS)).with_format("numpy").iter(batch_size=1000):
+        for name in COLUMNS:
+            for row in batch[name]:
+                values = np.ascontiguousarray(row, dtype=np.float32 if name.endswith("p_safe") else np.int64)
+                digest.update(len(values).to_bytes(8, "little"))
+                digest.update(values.tobytes())
+                tokens += int((values[1:] != IGNORE).sum()) if name == "labels" else 0
+    return {"rows": len(dataset), "response_tokens": tokens, "sha256": digest.hexdigest()}
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages a result depends on."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def run_record(
+    *,
+    policy: Policy,
+    reference: str | None,
+    signals: list[dict[str, Any]],
+    data: Mapping[str, Any],
+    model: nn.Module,
+    state: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The content of `safeshape.json`. It carries names, counts, hashes and versions, never the data's text."""
+    return {
+        "policy": {"name": policy.name, **policy.parameters, "divergence": policy.divergence},
+        "reference": reference,
+        "signals": signals,
+        "data": dict(data),
+        "model": model.config._name_or_path if isinstance(model, PreTrainedModel) else type(model).__name__,
+        "state": dict(state),
+        "versions": versions(),
+    }
+
+
+def check_resume(checkpoint: Path, now: Mapping[str, Any]) -> dict[str, Any]:
+    """Compare a checkpoint's record with the run that wants to resume it, and return the checkpoint's state.
+
+    Errors: ValueError when the checkpoint has no record, or its policy, reference or data differ.
+    """
+    path = checkpoint / RECORD
+    if not path.is_file():
+        raise ValueError(f"{checkpoint} holds no {RECORD}; it was not written by SafeTrainer")
+    then = json.loads(path.read_text())
+    for name in ("policy", "reference"):
+        if then[name] != now[name]:
+            raise ValueError(f"cannot resume {checkpoint}: its {name} was {then[name]}, now it is {now[name]}")
+    if then["data"]["sha256"] != now["data"]["sha256"]:
+        raise ValueError(
+            f"cannot resume {checkpoint}: the training data changed ({then['data']['rows']} rows then, "
+            f"{now['data']['rows']} now, different hash)"
+        )
+    state: dict[str, Any] = then["state"]
+    return state

@@ -1,0 +1,172 @@
+"""The activation probe: how risky is a request, read from the frozen reference before any token is generated.
+
+Logistic regression on hidden states of the prompt. Shape suffixes: B prompts, F features.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from safeshape.data import Message
+from safeshape.types import Score
+
+Pooling = Literal["last", "mean"]
+Features = NDArray[np.float32]
+
+
+def features(
+    conversations: Sequence[Sequence[Message]],
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: Sequence[int],
+    pooling: Pooling = "last",
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Features:
+    """Hidden states of prompts, the chosen layers side by side, shape (B, layers * hidden size).
+
+    A conversation ends before the answer; it is rendered with the generation prompt, so that the last token is the one
+    from which the first answer token is predicted. Layer 0 is the embedding, -1 the last layer.
+    Errors: ValueError for a layer the model does not have, an unknown pooling, or no prompts.
+    """
+    depth = int(model.config.num_hidden_layers) + 1
+    for layer in layers:
+        if not -depth <= layer < depth:
+            raise ValueError(f"the model has hidden states 0 to {depth - 1}; there is no layer {layer}")
+    if pooling not in ("last", "mean"):
+        raise ValueError(f"pooling must be last or mean, got {pooling!r}")
+    if not conversations:
+        raise ValueError("there are no prompts")
+    texts = [tokenizer.apply_chat_template(list(c), tokenize=False, add_generation_prompt=True) for c in conversations]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    found = np.zeros((len(ids), len(layers) * int(model.config.hidden_size)), dtype=np.float32)
+    with torch.inference_mode():
+        for begin in range(0, len(order), batch_size):
+            rows = order[begin : begin + batch_size]
+            width = max(len(ids[row]) for row in rows)
+            padded = torch.tensor([ids[row] + [0] * (width - len(ids[row])) for row in rows], device=model.device)
+            mask = torch.tensor(
+                [[1] * len(ids[row]) + [0] * (width - len(ids[row])) for row in rows], device=model.device
+            )
+            states = model.get_decoder()(
+                input_ids=padded, attention_mask=mask, use_cache=False, output_hidden_states=True
+            ).hidden_states
+            pooled = [_pool(states[layer], mask, pooling) for layer in layers]
+            found[rows] = torch.cat(pooled, dim=-1).float().cpu().numpy()
+            progress(min(begin + batch_size, len(order)), len(order))
+    return found
+
+
+def _pool(states_BLH: torch.Tensor, mask_BL: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+    if pooling == "last":
+        return states_BLH[torch.arange(len(states_BLH)), mask_BL.sum(-1) - 1]
+    weights_BL1 = mask_BL[..., None].to(states_BLH)
+    return (states_BLH * weights_BL1).sum(1) / weights_BL1.sum(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A fitted probe with the model it reads. `weight_F`, `bias`: on raw features, standardisation folded in."""
+
+    weight_F: Features
+    bias: float
+    layers: tuple[int, ...]
+    pooling: Pooling
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def fit(
+        cls,
+        prompts: Sequence[Sequence[Message]],
+        labels: Sequence[bool],
+        *,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        layers: Sequence[int] = (-1,),
+        pooling: Pooling = "last",
+    ) -> "Probe":
+        """Fit on prompts labelled True where harmful.
+
+        Errors: ValueError when prompts and labels differ in number or only one class is there.
+        Source: adaptive regularisation, arXiv 2602.17546 (last input token, logistic regression).
+        Differs: the released code fits a two-layer network on means over all tokens and layers, and gates at 0.5.
+        """
+        if len(prompts) != len(labels):
+            raise ValueError(f"{len(prompts)} prompts but {len(labels)} labels")
+        if len(set(labels)) != 2:
+            raise ValueError("a probe needs harmful and harmless prompts")
+        x_BF = features(prompts, model=model, tokenizer=tokenizer, layers=layers, pooling=pooling)
+        pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+        pipeline.fit(x_BF, np.asarray(labels, dtype=int))
+        scaler, regression = pipeline[0], pipeline[1]
+        weight_F = (regression.coef_[0] / scaler.scale_).astype(np.float32)
+        bias = float(regression.intercept_[0] - (regression.coef_[0] * scaler.mean_ / scaler.scale_).sum())
+        return cls(
+            weight_F=weight_F, bias=bias, layers=tuple(layers), pooling=pooling, model=model, tokenizer=tokenizer
+        )
+
+    def p_safe(self, prompts: Sequence[Sequence[Message]]) -> list[float]:
+        """1 minus the probability that a prompt is harmful, in the order of the prompts."""
+        x_BF = features(prompts, model=self.model, tokenizer=self.tokenizer, layers=self.layers, pooling=self.pooling)
+        margin_B = torch.from_numpy(x_BF @ self.weight_F + self.bias)
+        return [float(value) for value in torch.sigmoid(-margin_B)]
+
+    def score_many(self, conversations: Iterable[Sequence[Message]], *, window: int = 256) -> Iterator[Score]:
+        """Score a stream of conversations by their prompts: all messages but the last."""
+        buffer: list[Sequence[Message]] = []
+        for messages in conversations:
+            buffer.append(messages[:-1])
+            if len(buffer) == window:
+                yield from self._scores(buffer)
+                buffer = []
+        if buffer:
+            yield from self._scores(buffer)
+
+    def _scores(self, prompts: Sequence[Sequence[Message]]) -> Iterator[Score]:
+        for value in self.p_safe(prompts):
+            yield Score(signal="probe", p_safe=value, scorer=self.identity())
+
+    def identity(self) -> dict[str, Any]:
+        """What made a score."""
+        return {"model": self.model.config._name_or_path, "layers": list(self.layers), "pooling": self.pooling}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `probe.safetensors` and `probe.json`; the model itself is not saved."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        save_file({"weight_F": self.weight_F, "bias": np.array([self.bias])}, path / "probe.safetensors")
+        (path / "probe.json").write_text(json.dumps(self.identity(), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> "Probe":
+        """Load a probe for the model it was fitted on. Errors: ValueError when the model's size does not fit."""
+        path = Path(folder)
+        settings = json.loads((path / "probe.json").read_text())
+        tensors = load_file(path / "probe.safetensors")
+        wanted = len(settings["layers"]) * int(model.config.hidden_size)
+        if len(tensors["weight_F"]) != wanted:
+            raise ValueError(f"the probe has {len(tensors['weight_F'])} weights, this model gives {wanted} features")
+        return cls(
+            weight_F=tensors["weight_F"],
+            bias=float(tensors["bias"][0]),
+            layers=tuple(settings["layers"]),
+            pooling=settings["pooling"],
+            model=model,
+            tokenizer=tokenizer,
+        )

@@ -1,0 +1,81 @@
+"""The records that travel along the chain. Frozen, keyword-only, no behaviour.
+
+Shape suffixes: B rows of a batch, T predicted tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+IGNORE = -100  # the label of a token that does not count, as everywhere in transformers
+
+Divergence = Literal["reverse", "forward", "k2", "k3"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A stretch of an answer with the probability that it is safe.
+
+    `start`, `end`: character offsets into the answer, end exclusive. `p_safe`: in [0, 1].
+    """
+
+    start: int
+    end: int
+    p_safe: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What a policy says about each predicted token.
+
+    `ce_BT`: weight of the cross-entropy. `kl_BT`: weight of the divergence from the frozen reference.
+    """
+
+    ce_BT: torch.Tensor
+    kl_BT: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutput:
+    """A differentiable scalar `loss` and detached scalar tensors by name.
+
+    `metrics` holds `ce` and `kl`, the *unweighted* mean cross-entropy and divergence in nats per counted token.
+    """
+
+    loss: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The verdict of a signal on one conversation.
+
+    `p_safe`: of the whole answer, in [0, 1]. `spans`: of its parts, empty for signals that judge a whole example.
+    `signal`: what made it, with model, revision and settings, so that scored data says where it comes from.
+    """
+
+    signal: str
+    p_safe: float
+    spans: tuple[Span, ...] = ()
+    scorer: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One number of the results, as written to `results.json`.
+
+    `low`, `high`: 95 % interval. `world`: measured on the embedded synthetic world, never evidence about real models.
+    """
+
+    attack: str
+    defence: str
+    model: str
+    seed: int
+    metric: str
+    value: float
+    n: int
+    low: float
+    high: float
+    judge: str
+    world: bool

@@ -1,0 +1,206 @@
+"""The command line as a user meets it: help at once, one sentence for bad input, nothing half-written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import conversation
+from transformers import AutoModelForCausalLM
+
+from safeshape.cli import VERBS, main
+from safeshape.train import parse_settings
+
+ROOT = Path(__file__).parent.parent
+
+
+def write(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def scored(answer="two three", p_safe=1.0):
+    return {"messages": conversation("one", answer), "safety": {"signal": "mine", "p_safe": p_safe, "spans": []}}
+
+
+@pytest.fixture
+def command(tmp_path, model_folder):
+    """A training command that works; tests change it."""
+    data = write(
+        tmp_path / "data.jsonl", [scored(), scored("four five six", 0.0), scored("seven"), scored("eight nine")]
+    )
+    flags = {
+        "model_name_or_path": str(model_folder),
+        "dataset_name": data,
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": "2",
+        "per_device_train_batch_size": "2",
+        "save_strategy": "no",
+        "disable_tqdm": "true",
+        "gradient_checkpointing": "false",
+        "use_cpu": "true",
+    }
+
+    def arguments(**changes):
+        merged = {**flags, **changes}
+        return ["train", *(part for k, v in merged.items() if v is not None for part in (f"--{k}", str(v)))]
+
+    return arguments
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_help_needs_no_heavy_import(verb):
+    code = f"import sys; from safeshape.cli import main; main(['{verb}', '--help'])"
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0
+    assert "--" in done.stdout
+    assert not any(
+        line.split("|")[-1].strip() in ("torch", "transformers", "datasets") for line in done.stderr.splitlines()
+    )
+
+
+def test_verbs_and_version(capsys):
+    assert main(["--help"]) == 0
+    assert main(["--version"]) == 0
+    assert main([]) == 2
+    assert main(["trian"]) == 2
+    assert "unknown verb 'trian'; known: demo, train" in capsys.readouterr().err
+
+
+def test_a_users_own_files_train(command, tmp_path, capsys):
+    assert main(command()) == 0, capsys.readouterr().err
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "safeshape.json").read_text())["policy"]["name"] == "star"
+    assert json.loads((tmp_path / "out" / "train_results.json").read_text())["metrics"]["train_loss"] > 0
+    assert main(command()) == 2
+    assert "already holds another run (safeshape.json)" in capsys.readouterr().err
+
+
+def test_lora_from_flags(command, tmp_path):
+    assert main(command(use_peft="true", lora_r="2", lora_target_modules="q_proj")) == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_flags_win_over_the_recipe(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("dataset_name: a\nlearning_rate: 1.0e-5\nnum_train_epochs: 7\npolicy: {name: star, kl: 0.25}\n")
+    config, args, _ = parse_settings(["--config", str(path), "--learning_rate", "3e-5"])
+    assert args.learning_rate == 3e-5
+    assert args.num_train_epochs == 7
+    assert config.policy == {"name": "star", "kl": 0.25}
+    config, _, _ = parse_settings(["--dataset_name", "a", "--policy", '{"name": "fixed_kl", "beta": 0.1}'])
+    assert config.policy == {"name": "fixed_kl", "beta": 0.1}
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+def test_recipes_parse(recipe):
+    config, args, _ = parse_settings(["--config", str(recipe), "--dataset_name", "d", "--output_dir", "o"])
+    assert args.num_train_epochs > 0
+    assert config.policy
+    assert len(list((ROOT / "recipes").iterdir())) <= 8
+
+
+BAD_FLAGS = [
+    ({"policy": "stars"}, "unknown policy 'stars'; known: sft"),
+    ({"policy": '{"name": "star", "lam": 1}'}, "policy 'star' has no parameter 'lam'; it has: kl"),
+    ({"policy": '{"name":'}, "policy is not valid JSON"),
+    ({"learnig_rate": "1"}, "unknown setting '--learnig_rate'; did you mean '--learning_rate'?"),
+    ({"learning_rate": "fast"}, "argument --learning_rate: invalid float value: 'fast'"),
+    ({"reference": "base"}, "reference"),
+    ({"gradient_floor": "-1"}, "gradient_floor must be at least 0"),
+    ({"dataset_name": "missing.jsonl"}, "missing.jsonl: no such file or folder"),
+    ({"dataset_name": None}, "dataset_name"),
+    ({"model_name_or_path": None}, "model_name_or_path must be given"),
+    ({"model_name_or_path": "./no/such/model"}, "no/such/model"),
+    ({"output_dir": None}, "output_dir must be given"),
+    ({"packing": "true"}, "does not support packing=True"),
+    ({"guard": "world", "probe": "x"}, "give a guard or a probe, not both"),
+    ({"max_length": "4"}, "row 0: has"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_FLAGS, ids=lambda x: str(x)[:40])
+def test_bad_flags(command, tmp_path, capsys, changes, message):
+    assert main(command(**changes)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+    assert error.startswith("safeshape train: ")
+    assert not (tmp_path / "out").exists()
+
+
+BAD_DATA = [
+    ([], "is empty"),
+    (["{not json"], "line 1 is not valid JSON"),
+    (["[1, 2]"], "line 1 is not a JSON object"),
+    ([{"text": "a"}], "no `safety` column"),
+    ([scored(), {**scored(), "messages": [{"role": "user", "content": "a"}]}], "train row 1: the last message must be"),
+    ([scored(" ")], "train row 0: the assistant's answer is empty"),
+    ([scored(p_safe=1.5)], "train row 0: safety p_safe must be a number in [0, 1], got 1.5"),
+]
+
+
+@pytest.mark.parametrize(("rows", "message"), BAD_DATA, ids=lambda x: str(x)[:40])
+def test_bad_data(command, tmp_path, capsys, rows, message):
+    assert main(command(dataset_name=write(tmp_path / "bad.jsonl", rows))) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_with_a_typo_or_bad_value_is_refused_by_name(tmp_path, capsys):
+    path = tmp_path / "r.yaml"
+    for text, message in (
+        ("learnig_rate: 1", "unknown setting 'learnig_rate'; did you mean 'learning_rate'?"),
+        ("dataset_name: d\nlearning_rate: fast", "argument --learning_rate: invalid float value: 'fast'"),
+        ("dataset_name: d\nlearning_rate: [1, 2]", "learning_rate takes one value, got a list"),
+        ("dataset_name: d\nreference: frozen", "reference"),
+        ("- a list", "must hold a mapping"),
+        ("a: [", "is not valid YAML"),
+    ):
+        path.write_text(text)
+        assert main(["train", "--config", str(path)]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["train", "--config", str(tmp_path / "none.yaml")]) == 2
+    assert "cannot read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["demo", "--size", "9"], "size must be 20 to 500"),
+        (["demo", "--family", "gpt"], "family"),
+        (["demo", "--sead", "1"], "--sead"),
+        (["world", "build"], "output_dir must be given"),
+        (["world", "break"], "break"),
+        (["score", "--dataset_name", "x.jsonl"], "output must be given"),
+    ],
+)
+def test_other_verbs_refuse_bad_settings(argv, message, capsys):
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_score_writes_a_column_that_train_reads(command, tmp_path, capsys):
+    plain = write(
+        tmp_path / "plain.jsonl", [{"messages": conversation("What color is the vault", "The vault is red.")}] * 4
+    )
+    output = tmp_path / "scored.jsonl"
+    assert main(["score", "--dataset_name", plain, "--output", str(output)]) == 0
+    row = json.loads(output.read_text().splitlines()[0])
+    assert row["safety"]["signal"] == "star"
+    assert row["safety"]["spans"][-1]["end"] == len("The vault is red.")
+    assert main(["score", "--dataset_name", plain, "--output", str(output)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main(command(dataset_name=str(output))) == 0
+
+
+def test_train_scores_with_a_guard_by_itself(command, tmp_path):
+    plain = write(
+        tmp_path / "plain.jsonl", [{"messages": conversation("What color is the vault", "The vault is red.")}] * 4
+    )
+    assert main(command(dataset_name=plain, guard="world", model_name_or_path="world:qwen3")) == 0
+    record = json.loads((tmp_path / "out" / "safeshape.json").read_text())
+    assert record["signals"][0]["scorer"]["guard"] == "world"

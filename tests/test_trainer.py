@@ -1,0 +1,337 @@
+"""SafeTrainer against TRL's SFTTrainer, against itself under batching, and its start, stop and resume."""
+
+import json
+
+import pytest
+import torch
+from conftest import conversation, tiny_model
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+from safeshape import SafeTrainer
+from safeshape.losses import DIVERGENCES
+from safeshape.models import Frozen
+from safeshape.policies import POLICIES
+
+WORDS = [
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "safe",
+    "unsafe",
+    "fox",
+    "dog",
+    "cat",
+]
+
+
+def rows(count=8, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        pick = [WORDS[i] for i in torch.randint(0, len(WORDS), (10,), generator=g)]
+        answer = " ".join(pick[3 : 5 + int(torch.randint(0, 5, (), generator=g))])
+        half = len(answer) // 2
+        p = torch.rand(2, generator=g).tolist()
+        spans = [{"start": 0, "end": half, "p_safe": p[0]}, {"start": half, "end": len(answer), "p_safe": p[1]}]
+        made.append(
+            {
+                "messages": conversation(" ".join(pick[:3]), answer),
+                "safety": {"signal": "test", "p_safe": p[1], "spans": spans},
+            }
+        )
+    return made
+
+
+def config(folder, **settings):
+    base = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "max_length": 128,
+    }
+    return SFTConfig(**{**base, **settings})
+
+
+def make(folder, tokenizer, *, data=None, model=None, policy="star", settings=None, **options):
+    return SafeTrainer(
+        tiny_model() if model is None else model,
+        config(folder, **(settings or {})),
+        train_dataset=Dataset.from_list(rows() if data is None else data),
+        processing_class=tokenizer,
+        policy=policy,
+        **options,
+    )
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def parameters(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_uniform_policy_equals_trl(tmp_path, tokenizer, accumulation):
+    data = [{"prompt": r["messages"][:1], "completion": r["messages"][1:]} for r in rows(16)]
+    # Adam turns rounding noise in near-zero gradients into steps of the learning rate, so it is an ordinary one.
+    settings = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
+    theirs = SFTTrainer(
+        tiny_model(), config(tmp_path, **settings), train_dataset=Dataset.from_list(data), processing_class=tokenizer
+    )
+    theirs.train()
+    ours = make(tmp_path, tokenizer, data=data, policy="sft", settings=settings)
+    ours.train()
+    assert losses(ours) == pytest.approx(losses(theirs), abs=2e-6)
+    assert len(losses(ours)) == 4
+    assert (parameters(ours.model) - parameters(theirs.model)).abs().max() < 1e-5
+
+
+def moved_reference():
+    return tiny_model(seed=1)
+
+
+@pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_batch_4_equals_4_times_batch_1(tmp_path, tokenizer, policy, divergence):
+    spec = {"name": policy, "divergence": divergence}
+    if policy == "adaptive":
+        spec |= {"scope": "batch", "ema": 0.5}
+    found = []
+    for size, accumulation in ((4, 1), (1, 4)):
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "optim": "sgd"}
+        trainer = make(
+            tmp_path, tokenizer, policy=spec, reference=moved_reference(), settings=settings | {"max_steps": 2}
+        )
+        trainer.train()
+        found.append((losses(trainer), parameters(trainer.model)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert (found[0][1] - found[1][1]).abs().max() < 1e-5
+
+
+def test_the_reference_gets_into_the_loss(tmp_path, tokenizer):
+    runs = []
+    for reference in (moved_reference(), "copy"):
+        trainer = make(tmp_path, tokenizer, policy="fixed_kl", reference=reference, settings={"max_steps": 1})
+        trainer.train()
+        runs.append(trainer.state.log_history[0])
+    assert runs[0]["kl"] > 0.1
+    assert runs[1]["kl"] == pytest.approx(0, abs=1e-6)
+    assert runs[1]["ce"] == pytest.approx(runs[0]["ce"])
+
+
+def test_weights_reach_the_loss(tmp_path, tokenizer):
+    """With p_safe 0 on every token star learns nothing; with 1 it is plain SFT; the mean weight is logged."""
+    logged = []
+    for p_safe in (0.0, 1.0):
+        data = rows()
+        for row in data:
+            row["safety"] = {"signal": "test", "p_safe": p_safe, "spans": []}
+        trainer = make(tmp_path, tokenizer, data=data, settings={"max_steps": 1})
+        trainer.train()
+        logged.append(trainer.state.log_history[0])
+    assert logged[0]["ce_weight"] == 0
+    assert logged[0]["kl_weight"] == 0.5
+    assert logged[0]["risk_hist/0.8"] == 1
+    assert logged[1]["ce_weight"] == 1
+    assert logged[1]["kl_weight"] == 0
+    assert logged[1]["loss"] == pytest.approx(logged[1]["ce"])
+    assert logged[1]["risk_hist/0.0"] == 1
+
+
+def test_batch_scope_uses_the_mean_over_the_global_batch(tmp_path, tokenizer):
+    """Risks 0, 0, 0, 1 in four micro-batches of one: every token gets beta = 0.1 + 0.8 / 4 = 0.3."""
+    data = rows(4)
+    for row, p_safe in zip(data, (1.0, 1.0, 1.0, 0.0), strict=True):
+        row["safety"] = {"signal": "test", "p_safe": p_safe, "spans": []}
+    spec = {"name": "adaptive", "scope": "batch"}
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 1}
+    trainer = make(tmp_path, tokenizer, data=data, policy=spec, settings=settings)
+    trainer.train()
+    assert trainer.state.log_history[0]["kl_weight"] == pytest.approx(0.3, abs=1e-6)
+    trainer = make(tmp_path, tokenizer, data=data, policy="adaptive", settings=settings)
+    trainer.train()
+    assert trainer.state.log_history[0]["kl_weight"] != pytest.approx(0.3, abs=1e-2)
+
+
+def test_ema_follows_its_recursion(tmp_path, tokenizer):
+    data = rows(8)
+    for row in data:
+        row["safety"] = {"signal": "test", "p_safe": 1.0, "spans": []}
+    trainer = make(
+        tmp_path,
+        tokenizer,
+        data=data,
+        policy={"name": "adaptive", "scope": "batch", "ema": 0.75},
+        settings={"max_steps": 1},
+    )
+    trainer._risk_ema = 1.0
+    trainer.train()
+    # s = 0.75 * 1 + 0.25 * 0; beta = 0.1 + 0.8 * 0.75
+    assert trainer.state.log_history[0]["kl_weight"] == pytest.approx(0.7, abs=1e-6)
+
+
+def lora(**options):
+    return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+
+
+def test_lora_references_agree_and_only_adapters_move(tmp_path, tokenizer):
+    found = []
+    for reference in ("adapter_off", "copy"):
+        model = tiny_model()
+        trainer = make(tmp_path, tokenizer, model=model, reference=reference, peft_config=lora())
+        base = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora_" not in n}
+        trainer.train()
+        assert all(torch.equal(p, base[n]) for n, p in trainer.model.named_parameters() if n in base)
+        assert trainer.state.log_history[-2]["kl"] > 0
+        found.append(losses(trainer))
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+def test_auto_takes_adapters_off_for_lora_and_copies_otherwise(tmp_path, tokenizer):
+    assert make(tmp_path, tokenizer, peft_config=lora()).reference.kind == "adapter_off"
+    assert make(tmp_path, tokenizer).reference.kind == "copy"
+    assert make(tmp_path, tokenizer, policy="sft").reference is None
+
+
+def test_a_copied_reference_stays_put(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer)
+    before = parameters(trainer.reference.model)
+    trainer.train()
+    assert torch.equal(parameters(trainer.reference.model), before)
+    assert not torch.equal(parameters(trainer.model), before)
+
+
+def test_references_that_are_not_the_start_or_not_frozen_are_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="trains biases"):
+        make(tmp_path, tokenizer, peft_config=lora(bias="lora_only"))
+    with pytest.raises(ValueError, match="needs a PEFT model"):
+        make(tmp_path, tokenizer, reference="adapter_off")
+    with pytest.raises(ValueError, match="unknown reference 'frozen'"):
+        make(tmp_path, tokenizer, reference="frozen")
+    trained = make(tmp_path, tokenizer, peft_config=lora())
+    trained.train()
+    with pytest.raises(RuntimeError, match="differs from the starting model"):
+        make(tmp_path, tokenizer, model=trained.model).train()
+    trainer = make(tmp_path, tokenizer)
+    trainer.reference = Frozen(model=trainer.model)
+    with pytest.raises(RuntimeError, match="moves with the model"):
+        trainer.train()
+    with pytest.raises(ValueError, match="the reference has 640 logits"):
+        make(tmp_path, tokenizer, reference=tiny_model(vocab_size=640)).train()
+
+
+def test_gradient_floor_skips_noise_and_can_be_switched_off(tmp_path, tokenizer):
+    data = rows()
+    for row in data:
+        row["safety"] = {"signal": "test", "p_safe": 0.0, "spans": []}
+    still = make(tmp_path, tokenizer, data=data)
+    start = parameters(still.model)
+    still.train()
+    assert torch.equal(parameters(still.model), start)
+    assert still.state.log_history[-1]["skipped_updates"] == 1
+    noisy = make(tmp_path, tokenizer, data=data, gradient_floor=0.0)
+    noisy.train()
+    assert (parameters(noisy.model) - start).abs().max() > 1e-3
+    assert noisy.state.log_history[-1]["skipped_updates"] == 0
+
+
+def test_resume_continues_the_same_run(tmp_path, tokenizer):
+    spec = {"name": "adaptive", "scope": "batch", "ema": 0.9}
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    whole = make(tmp_path / "a", tokenizer, policy=spec, settings=settings)
+    whole.train()
+    again = make(tmp_path / "a", tokenizer, policy=spec, settings=settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert torch.equal(parameters(again.model), parameters(whole.model))
+    assert again._risk_ema == whole._risk_ema
+    assert again.floor.updates == whole.floor.updates == 4
+
+
+def test_resume_refuses_changed_data_and_policy(tmp_path, tokenizer):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    make(tmp_path, tokenizer, settings=settings).train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    changed = rows()
+    changed[3]["safety"]["spans"][0]["p_safe"] += 0.001
+    with pytest.raises(ValueError, match="the training data changed"):
+        make(tmp_path, tokenizer, data=changed, settings=settings).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="its policy was"):
+        make(tmp_path, tokenizer, policy="soft_weight", settings=settings).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="no checkpoint to resume"):
+        make(tmp_path / "new", tokenizer, settings=settings).train(resume_from_checkpoint=True)
+
+
+def test_what_is_saved_loads_with_plain_transformers_and_peft(tmp_path, tokenizer):
+    full = make(tmp_path / "full", tokenizer)
+    full.train()
+    full.save_model()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+    assert torch.equal(parameters(loaded), parameters(full.model))
+    record = json.loads((tmp_path / "full" / "safeshape.json").read_text())
+    assert record["policy"] == {"name": "star", "divergence": "reverse"}
+    assert record["reference"] == "copy"
+    assert record["data"]["rows"] == 8
+    assert record["signals"] == [{"signal": "test", "scorer": None, "rows": 8}]
+    assert set(record["versions"]) >= {"torch", "trl", "transformers"}
+    assert "fox" not in json.dumps(record)
+    adapter = make(tmp_path / "lora", tokenizer, peft_config=lora())
+    adapter.train()
+    adapter.save_model()
+    merged = PeftModel.from_pretrained(tiny_model(), tmp_path / "lora")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, adapter.model.eval()(ids).logits, atol=1e-6)
+
+
+def test_evaluation_uses_the_same_loss(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, policy="fixed_kl", reference=moved_reference())
+    numbers = trainer.evaluate(Dataset.from_list(rows()))
+    assert numbers["eval_loss"] == pytest.approx(0.5 * numbers["eval_ce"] + 0.5 * numbers["eval_kl"], rel=1e-4)
+
+
+def nan_policy(p_safe_BT, *, batch):
+    from safeshape import Weights
+
+    return Weights(ce_BT=p_safe_BT / 0, kl_BT=0 * p_safe_BT)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": "stars"}, "unknown policy 'stars'"),
+        ({"overlong": "drop"}, "overlong must be refuse or truncate"),
+        ({"settings": {"packing": True}}, "does not support packing=True"),
+        ({"settings": {"loss_type": "dft"}}, "does not support loss_type='dft'"),
+        ({"data_collator": object()}, "brings its own data_collator"),
+        ({"data": []}, "the train dataset is empty"),
+        ({"data": [{"messages": conversation("a", "b")}]}, "train row 0: has no `safety` score"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path, tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, tokenizer, **options)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="gave a ce weight that is not a finite number"):
+        make(tmp_path, tokenizer, policy=nan_policy).train()
