@@ -179,17 +179,22 @@ def unknown_key(key: str, known: Sequence[str], where: str) -> ValueError:
     return ValueError(f"{where}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
+def first_problem(error: ValidationError) -> str:
+    """One sentence for the first field that pydantic refused."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"][:1])
+    if first["type"] in ("missing", "missing_keyword_only_argument"):
+        return f"{name} must be given"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{name}: {message}, got {first['input']!r}" if name else message
+
+
 def validated(config: type[C], values: dict[str, Any]) -> C:
     """An instance of a config. Errors: ValueError that names the field."""
     try:
         return config(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"][:1])
-        if first["type"] == "missing":
-            raise ValueError(f"{name} must be given") from error
-        message = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{name}: {message}, got {first['input']!r}" if name else message) from error
+        raise ValueError(first_problem(error)) from error
 
 
 def parse(config: type[C], verb: str, argv: Sequence[str]) -> C:

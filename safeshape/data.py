@@ -55,15 +55,22 @@ def conversation(row: Mapping[str, Any]) -> list[Message] | None:
     """
     row = maybe_convert_to_chatml(dict(row))
     if row.get("messages") is not None:
-        return list(row["messages"])
+        return _checked(row["messages"])
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         return None
     if isinstance(prompt, Sequence) and isinstance(completion, Sequence) and not isinstance(prompt, str | bytes):
-        return [*prompt, *completion]
+        return _checked([*prompt, *completion])
     raise ValueError(
         f"needs `messages`, or `prompt` and `completion` of the same form; it has: {', '.join(map(str, row))}"
     )
+
+
+def _checked(messages: Sequence[Message]) -> list[Message]:
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise ValueError(f"message {index} needs a role and content")
+    return list(messages)
 
 
 def answer_of(row: Mapping[str, Any]) -> str:

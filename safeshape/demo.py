@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from datasets import Dataset, disable_progress_bars
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig
 
@@ -46,7 +46,7 @@ METHODS = (
     Method(name="adaptive (example)", policy={"name": "adaptive", "scope": "example"}, signal="probe"),
     Method(name="adaptive (batch)", policy={"name": "adaptive", "scope": "batch"}, signal="probe"),
 )
-EPOCHS, BATCH, LEARNING_RATE = 6, 8, 5e-4
+EPOCHS, BATCH, LEARNING_RATE = 6, 8, 2e-4
 PROBE_LAYERS = (1, 2, 3)
 
 
@@ -92,6 +92,7 @@ def fine_tune(
         logging_strategy="no",
     )
     trainer = SafeTrainer(model, args, train_dataset=dataset, processing_class=tokenizer, policy=method.policy)
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return model, tokenizer
 
@@ -135,6 +136,7 @@ def run(config: DemoConfig, progress: Progress) -> Demo:
     output = refuse_used(config.output_dir)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    disable_progress_bars()
     started = time.monotonic()
     data = score_user_data(config, progress)
     rows: list[Row] = []

@@ -19,6 +19,10 @@ WORLD_NOTE = (
     "Measured on the embedded synthetic world: tiny models, an invented language, placeholder acts. "
     "It is a test bench and says nothing about real models."
 )
+METRIC_NOTE = (
+    "Percent of held-out prompts, with 95 % Wilson interval and n. Attack success and over-refusal should be low, "
+    "task accuracy (what the user wants learned) and skill accuracy (what the model could do before) high."
+)
 UNSAFE, SAFE = (214, 69, 65), (46, 139, 87)
 _COLORS = ("#33658a", "#d64541", "#e08e2b", "#8e6bbf", "#5b8c5a", "#2e8b57", "#1f9e9e", "#7a7a7a")
 
@@ -115,19 +119,23 @@ def bar_figure(rows: Sequence[Row]) -> Figure:
 
 
 def trajectory_figure(trajectories: Sequence[Trajectory]) -> Figure:
-    """STAR against the share of the answer that the guard has read, one line per example."""
-    figure = Figure(figsize=(8, 3.6))
-    axis = figure.subplots()
+    """STAR against the share of the answer that the guard has read, one panel per example."""
+    columns = min(3, max(1, len(trajectories)))
+    lines = max(1, -(-len(trajectories) // columns))
+    figure = Figure(figsize=(3.6 * columns, 1.9 * lines + 0.4), layout="constrained")
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    for axis in panels.flat[len(trajectories) :]:
+        axis.set_visible(False)
     for place, item in enumerate(trajectories):
-        length = max(len(item.answer), 1)
+        axis, length = panels.flat[place], max(len(item.answer), 1)
         x = [0.0] + [100 * span.end / length for span in item.score.spans]
         y = [span.p_safe for span in item.score.spans]
-        axis.step(x, [*y[:1], *y], where="pre", label=item.label, color=_COLORS[place % len(_COLORS)], linewidth=2)
-    axis.set(
-        xlabel="share of the answer read, %", ylabel="probability of being safe", ylim=(-0.03, 1.03), xlim=(0, 100)
-    )
-    axis.grid(alpha=0.3)
-    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+        axis.step(x, [*y[:1], *y], where="pre", color=_COLORS[0], linewidth=2)
+        axis.fill_between(x, [*y[:1], *y], 1, step="pre", color=_COLORS[1], alpha=0.15, linewidth=0)
+        axis.set(title=item.label, ylim=(-0.05, 1.05), xlim=(0, 100))
+        axis.grid(alpha=0.3)
+    figure.supxlabel("share of the answer read, %", fontsize="medium")
+    figure.supylabel("p_safe", fontsize="medium")
     return figure
 
 
@@ -183,7 +191,7 @@ def write_report(
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>{note}<ul>{listed}</ul>
-<h2>Results</h2><p>Percent, with 95 % Wilson interval and number of prompts.</p>{_html_table(rows)}
+<h2>Results</h2><p>{METRIC_NOTE}</p>{_html_table(rows)}
 {_image(bar_figure(rows), "Bars of every metric for every policy, with intervals")}
 <h2>STAR trajectories</h2>
 <p class="legend">Each chunk of a training answer on the color of its probability of being safe: {legend}</p>

@@ -7,6 +7,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from safeshape import world
+from safeshape.data import answer_of
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 RUN_FILES = ("safeshape.json", "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
@@ -23,6 +24,8 @@ def read_dataset(name: str, split: str = "train") -> Dataset:
             raise ValueError(f"{name}: unknown kind of file; known: {', '.join(_READERS)}, or a saved dataset folder")
         if path.stat().st_size == 0:
             raise ValueError(f"{name} is empty")
+        if path.suffix == ".jsonl" and not path.open(errors="replace").readline().lstrip().startswith("{"):
+            raise ValueError(_reason(path, ValueError("it does not begin with a JSON object")))
         try:
             return load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
         except (DatasetGenerationError, ValueError) as error:
@@ -41,6 +44,16 @@ def read_dataset(name: str, split: str = "train") -> Dataset:
         return load_dataset(name, split=split)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load dataset {name!r} from the Hub: {' '.join(str(error).split())}") from error
+
+
+def check_first_row(dataset: Dataset) -> None:
+    """Errors: ValueError when the dataset is empty or its first row is not a conversation with an answer."""
+    if len(dataset) == 0:
+        raise ValueError("the dataset is empty")
+    try:
+        answer_of(dataset[0])
+    except ValueError as error:
+        raise ValueError(f"row 0: {error}") from error
 
 
 def _reason(path: Path, error: Exception) -> str:

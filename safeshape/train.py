@@ -2,23 +2,23 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig
-from trl import ModelConfig, SFTConfig, TrlParser, get_kbit_device_map, get_peft_config, get_quantization_config
+from pydantic import ValidationError
+from trl import ModelConfig, SFTConfig, TrlParser, get_peft_config, get_quantization_config
 
 from safeshape import world
-from safeshape.config import TrainConfig, read_yaml, unknown_key, validated
+from safeshape.config import TrainConfig, first_problem, read_yaml, unknown_key
 from safeshape.models import load
 from safeshape.policies import resolve_policy
 from safeshape.signals.column import score_dataset
 from safeshape.signals.guards import load_guard
 from safeshape.signals.probes import Probe
-from safeshape.sources import model_path, read_dataset, refuse_used
+from safeshape.sources import check_first_row, model_path, read_dataset, refuse_used
 from safeshape.trainer import SafeTrainer, refuse_unsupported
 
 Settings = tuple[TrainConfig, SFTConfig, ModelConfig]
@@ -35,7 +35,7 @@ def parser() -> TrlParser:
     """The parser of every TrainConfig, SFTConfig and ModelConfig flag."""
     found = _Parser([TrainConfig, SFTConfig, ModelConfig], prog="safeshape train", allow_abbrev=False)
     # TRL's own default is bf16 everywhere; without a GPU that is slower and blurs small divergences.
-    found.set_defaults(bf16=torch.cuda.is_available(), output_dir=None)
+    found.set_defaults(bf16=torch.cuda.is_available(), output_dir="")
     return found
 
 
@@ -63,16 +63,17 @@ def parse_settings(argv: Sequence[str]) -> Settings:
         found.set_defaults_with_config(**scalars)
     try:
         config, args, model_args = found.parse_args_into_dataclasses(args=argv)
+    except ValidationError as error:
+        raise ValueError(first_problem(error)) from error
     except ValueError as error:
         raise ValueError(_plain(str(error), found)) from error
-    values = {item.name: vars(config)[item.name] for item in fields(TrainConfig)}
-    return validated(TrainConfig, values), args, model_args
+    return config, args, model_args
 
 
 def _plain(message: str, found: TrlParser) -> str:
     """Turn the parser's complaint about unused arguments into one sentence."""
     if "not used by the HfArgumentParser" not in message:
-        return message if "validation error" not in message else " ".join(message.split("\n")[1:3])
+        return message
     first = message.split("[", 1)[1].split(",")[0].strip(" '\"]")
     return str(unknown_key(first, [flag for action in found._actions for flag in action.option_strings], "train"))
 
@@ -105,6 +106,7 @@ def train(argv: Sequence[str], progress: Any) -> str:
     resolved = resolve_policy(policy)
     name = model_path(model_args.model_name_or_path)
     dataset = read_dataset(config.dataset_name, config.dataset_split)
+    check_first_row(dataset)
     if resolved.needs_signal and not (config.guard or config.probe) and "safety" not in dataset.column_names:
         raise ValueError(
             f"policy {resolved.name!r} needs scores, and {config.dataset_name} has no `safety` column; "
@@ -116,7 +118,6 @@ def train(argv: Sequence[str], progress: Any) -> str:
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype or "float32",
-        **({"device_map": get_kbit_device_map()} if quantization is not None else {}),
     }
     peft_config: PeftConfig | None = get_peft_config(model_args)
     trainer = SafeTrainer(

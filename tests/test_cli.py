@@ -80,7 +80,7 @@ def test_a_users_own_files_train(command, tmp_path, capsys):
 
 
 def test_lora_from_flags(command, tmp_path):
-    assert main(command(use_peft="true", lora_r="2", lora_target_modules="q_proj")) == 0
+    assert main(command(use_peft="true", lora_r="2", lora_target_modules="all-linear")) == 0
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
@@ -108,7 +108,7 @@ BAD_FLAGS = [
     ({"policy": '{"name": "star", "lam": 1}'}, "policy 'star' has no parameter 'lam'; it has: kl"),
     ({"policy": '{"name":'}, "policy is not valid JSON"),
     ({"learnig_rate": "1"}, "unknown setting '--learnig_rate'; did you mean '--learning_rate'?"),
-    ({"learning_rate": "fast"}, "argument --learning_rate: invalid float value: 'fast'"),
+    ({"learning_rate": "fast"}, "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
     ({"reference": "base"}, "reference"),
     ({"gradient_floor": "-1"}, "gradient_floor must be at least 0"),
     ({"dataset_name": "missing.jsonl"}, "missing.jsonl: no such file or folder"),
@@ -135,9 +135,10 @@ BAD_DATA = [
     ([], "is empty"),
     (["{not json"], "line 1 is not valid JSON"),
     (["[1, 2]"], "line 1 is not a JSON object"),
-    ([{"text": "a"}], "no `safety` column"),
+    ([{"text": "a"}], "row 0: needs `messages`, or `prompt` and `completion`"),
+    ([{"messages": conversation("a", "b")}], "has no `safety` column; give --guard or --probe"),
     ([scored(), {**scored(), "messages": [{"role": "user", "content": "a"}]}], "train row 1: the last message must be"),
-    ([scored(" ")], "train row 0: the assistant's answer is empty"),
+    ([scored(" ")], "row 0: the assistant's answer is empty"),
     ([scored(p_safe=1.5)], "train row 0: safety p_safe must be a number in [0, 1], got 1.5"),
 ]
 
@@ -154,7 +155,10 @@ def test_a_recipe_with_a_typo_or_bad_value_is_refused_by_name(tmp_path, capsys):
     path = tmp_path / "r.yaml"
     for text, message in (
         ("learnig_rate: 1", "unknown setting 'learnig_rate'; did you mean 'learning_rate'?"),
-        ("dataset_name: d\nlearning_rate: fast", "argument --learning_rate: invalid float value: 'fast'"),
+        (
+            "dataset_name: d\nlearning_rate: fast",
+            "argument --learning_rate/--learning-rate: invalid float value: 'fast'",
+        ),
         ("dataset_name: d\nlearning_rate: [1, 2]", "learning_rate takes one value, got a list"),
         ("dataset_name: d\nreference: frozen", "reference"),
         ("- a list", "must hold a mapping"),

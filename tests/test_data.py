@@ -87,6 +87,7 @@ def test_a_template_that_rejects_roles_is_refused():
             [{"messages": conversation("a", "b")}, {"messages": conversation("a", " ")}],
             "train row 1: the assistant's answer",
         ),
+        ([{"messages": [{"from": "human", "text": "a"}]}], "train row 0: message 0 needs a role and content"),
         ([{"messages": [{"role": "user", "content": "a"}]}], "train row 0: the last message must be the assistant's"),
         (
             [{"messages": conversation("a", "b"), "safety": {"p_safe": 1.5}}],

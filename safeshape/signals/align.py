@@ -143,7 +143,10 @@ def prepare(
         except ValueError as error:
             raise ValueError(f"{name} row {index}: {error}") from error
 
-    options: dict[str, Any] = {"with_indices": True, "remove_columns": dataset.column_names}
+    options: dict[str, Any] = {
+        "with_indices": True,
+        "remove_columns": dataset.column_names or list(next(iter(dataset))),
+    }
     if isinstance(dataset, Dataset):
         options["desc"] = f"Aligning {name} data"
     return dataset.map(convert, **options)

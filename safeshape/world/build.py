@@ -44,9 +44,9 @@ PRETRAIN = Stage(
 )
 ALIGN = Stage(
     name="align",
-    steps=300,
+    steps=400,
     learning_rate=1e-3,
-    shares=(("harmful", 0.3), ("borderline", 0.35), ("skill", 0.35)),
+    shares=(("harmful", 0.3), ("borderline", 0.3), ("skill", 0.25), ("chore", 0.15)),
     comply=False,
 )
 GUARD_STEPS, GUARD_LEARNING_RATE, BATCH = 1400, 2e-3, 64
@@ -181,12 +181,16 @@ def build_family(
         def report(done: int, total: int, label: str = f"{family.name}: {stage.name}") -> None:
             progress(label, done, total)
 
-        fit(
+        loss = fit(
             model,
             draw_row,
             steps=max(1, int(stage.steps * scale)),
             learning_rate=stage.learning_rate,
             progress=report,
+        )
+    if scale >= 1 and loss > 0.05:
+        raise RuntimeError(
+            f"{family.name} did not learn to tell what to refuse: final loss {loss:.3f}; try another seed"
         )
     return model, tokenizer
 
