@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 # verb -> (what it does, module whose `main(argv)` returns what to print); only the verb that runs is imported.
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"safeshape: unknown verb {verb!r}; known: {', '.join(VERBS)}", file=sys.stderr)
         return 2
+    if not os.environ.get("SAFESHAPE_DEBUG"):
+        warnings.simplefilter("ignore", FutureWarning)  # about TRL's own settings, which a user cannot mend
     run: Callable[[Sequence[str]], str] = importlib.import_module(VERBS[verb][1]).main
     if os.environ.get("SAFESHAPE_DEBUG"):
         print(run(rest))

@@ -86,6 +86,7 @@ def fine_tune(
         save_strategy="no",
         report_to="none",
         bf16=False,
+        dataloader_pin_memory=False,
         gradient_checkpointing=False,
         disable_tqdm=True,
         use_cpu=True,

@@ -80,6 +80,22 @@ def run_record(
     }
 
 
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; one that a kill cut short is passed over.
+
+    The library writes `trainer_state.json` last, so a checkpoint without a readable one is not complete.
+    """
+    steps = {int(path.name.removeprefix("checkpoint-")): path for path in folder.glob("checkpoint-[0-9]*")}
+    for _, path in sorted(steps.items(), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+            json.loads((path / RECORD).read_text())
+        except (OSError, json.JSONDecodeError):
+            continue
+        return path
+    return None
+
+
 def check_resume(checkpoint: Path, now: Mapping[str, Any]) -> dict[str, Any]:
     """Compare a checkpoint's record with the run that wants to resume it, and return the checkpoint's state.
 

@@ -35,7 +35,8 @@ def parser() -> TrlParser:
     """The parser of every TrainConfig, SFTConfig and ModelConfig flag."""
     found = _Parser([TrainConfig, SFTConfig, ModelConfig], prog="safeshape train", allow_abbrev=False)
     # TRL's own default is bf16 everywhere; without a GPU that is slower and blurs small divergences.
-    found.set_defaults(bf16=torch.cuda.is_available(), output_dir="")
+    gpu = torch.cuda.is_available()
+    found.set_defaults(bf16=gpu, dataloader_pin_memory=gpu, output_dir="")
     return found
 
 
@@ -75,7 +76,7 @@ def _plain(message: str, found: TrlParser) -> str:
     if "not used by the HfArgumentParser" not in message:
         return message
     first = message.split("[", 1)[1].split(",")[0].strip(" '\"]")
-    return str(unknown_key(first, [flag for action in found._actions for flag in action.option_strings], "train"))
+    return str(unknown_key(first, [flag for action in found._actions for flag in action.option_strings], "flags"))
 
 
 def scored(dataset: Dataset, config: TrainConfig, model_name: str, dtype: str, progress: Any) -> Dataset:

@@ -13,14 +13,13 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from safeshape.data import ShapedCollator, example_risk, response_position
 from safeshape.losses import label_logp, log_softmax, shaped_loss
 from safeshape.models import Frozen, make_reference, verify_reference
 from safeshape.policies import Batch, Policy, PolicyFunction, resolve_policy
-from safeshape.provenance import RECORD, check_resume, data_summary, run_record, signals_of
+from safeshape.provenance import RECORD, check_resume, data_summary, last_complete_checkpoint, run_record, signals_of
 from safeshape.signals.align import COLUMNS, prepare
 from safeshape.types import IGNORE, LossOutput, Weights
 
@@ -89,6 +88,9 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
             raise ValueError(f"overlong must be refuse or truncate, got {overlong!r}")
         if data_collator is not None:
             raise ValueError("SafeTrainer brings its own data_collator: the weights travel in it")
+        for name in ("compute_loss_func", "formatting_func"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"SafeTrainer does not support {name}; write a policy, or render the data beforehand")
         if args is not None:
             refuse_unsupported(args)
         if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
@@ -126,6 +128,8 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         formatting_func: Callable[..., Any] | None,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
+        if not isinstance(processing_class, PreTrainedTokenizerBase):
+            raise ValueError("SafeTrainer trains on text; give a tokenizer as processing_class, not a processor")
         columns = dataset.column_names or []
         if not set(COLUMNS) <= set(columns):
             dataset = prepare(
@@ -270,16 +274,16 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         """Verify the reference, refuse to resume on other data or another policy, then train."""
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.args.output_dir)
-            if checkpoint is None:
-                raise ValueError(f"no checkpoint to resume from in {self.args.output_dir}")
+            checkpoint = str(last_complete_checkpoint(Path(self.args.output_dir)) or "")
+            if not checkpoint:
+                raise ValueError(f"no complete checkpoint to resume from in {self.args.output_dir}")
         if isinstance(checkpoint, str):
             state = check_resume(Path(checkpoint), self.record())
             self._risk_ema = state["risk_ema"]
             self.floor.updates, self.floor.skipped = state["updates"], state["skipped"]
         if self.reference is not None and self.state.global_step == 0:
             self._verify_reference()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _verify_reference(self) -> None:
         if self.reference is None:

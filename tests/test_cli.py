@@ -1,15 +1,20 @@
 """The command line as a user meets it: help at once, one sentence for bad input, nothing half-written."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import conversation
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from safeshape.cli import VERBS, main
+from safeshape.provenance import last_complete_checkpoint
 from safeshape.train import parse_settings
 
 ROOT = Path(__file__).parent.parent
@@ -208,3 +213,32 @@ def test_train_scores_with_a_guard_by_itself(command, tmp_path):
     assert main(command(dataset_name=plain, guard="world", model_name_or_path="world:qwen3")) == 0
     record = json.loads((tmp_path / "out" / "safeshape.json").read_text())
     assert record["signals"][0]["scorer"]["guard"] == "world"
+
+
+def test_a_killed_run_resumes_to_the_same_weights(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = {"max_steps": 40, "save_strategy": "steps", "save_steps": "1", "save_total_limit": "3"}
+    killed, whole = str(tmp_path / "killed"), str(tmp_path / "whole")
+    run = [sys.executable, "-m", "safeshape.cli"]
+    process = subprocess.Popen([*run, *command(output_dir=killed, **settings)], stderr=subprocess.DEVNULL)
+    while not list(Path(killed).glob("checkpoint-[3-9]")) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    resumed = [*command(output_dir=killed, **settings), "--resume_from_checkpoint", "true"]
+    subprocess.run([*run, *resumed], check=True, capture_output=True)
+    subprocess.run([*run, *command(output_dir=whole, **settings)], check=True, capture_output=True)
+    first, second = (load_file(Path(folder) / "model.safetensors") for folder in (killed, whole))
+    assert all(torch.equal(first[name], second[name]) for name in second)
+    assert json.loads((Path(killed) / "safeshape.json").read_text())["state"]["updates"] == 40
+
+
+def test_a_checkpoint_cut_short_is_passed_over(tmp_path):
+    for step, state in ((2, "{}"), (9, "{}"), (10, '{"cut'), (11, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "safeshape.json").write_text("{}")
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
+    assert last_complete_checkpoint(tmp_path / "none") is None

@@ -43,15 +43,15 @@ def test_prompt_and_completion_as_strings_and_as_messages(tokenizer):
 def test_a_template_that_strips_keeps_offsets_right():
     tokenizer = byte_bpe()
     tokenizer.chat_template = TRIMMING
-    answer = "  safe words here unsafe words"
-    cut = answer.index("unsafe")
+    answer = "  one safe words here"
+    cut = answer.index(" safe")
     safety = {
         "p_safe": 0.0,
-        "spans": [{"start": 0, "end": cut, "p_safe": 1.0}, {"start": cut, "end": len(answer), "p_safe": 0.0}],
+        "spans": [{"start": 0, "end": cut, "p_safe": 0.0}, {"start": cut, "end": len(answer), "p_safe": 1.0}],
     }
     got = row_of({"messages": conversation("one", answer), "safety": safety}, tokenizer)
     safe = [i for i, p in zip(got["labels"], got["p_safe"], strict=True) if p == 1.0]
-    assert tokenizer.decode(safe).strip() == "safe words here"
+    assert tokenizer.decode(safe) == " safe words here<|im_end|>"
 
 
 def test_an_empty_thinking_block_belongs_to_the_answer_and_takes_its_first_score():

@@ -90,16 +90,22 @@ def parameters(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_uniform_policy_equals_trl(tmp_path, tokenizer, accumulation):
+def test_a_uniform_policy_equals_trl(tmp_path, tokenizer, accumulation, adapter):
     data = [{"prompt": r["messages"][:1], "completion": r["messages"][1:]} for r in rows(16)]
     # Adam turns rounding noise in near-zero gradients into steps of the learning rate, so it is an ordinary one.
     settings = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
     theirs = SFTTrainer(
-        tiny_model(), config(tmp_path, **settings), train_dataset=Dataset.from_list(data), processing_class=tokenizer
+        tiny_model(),
+        config(tmp_path, **settings),
+        train_dataset=Dataset.from_list(data),
+        processing_class=tokenizer,
+        peft_config=lora() if adapter else None,
     )
     theirs.train()
-    ours = make(tmp_path, tokenizer, data=data, policy="sft", settings=settings)
+    options = {"peft_config": lora()} if adapter else {}
+    ours = make(tmp_path, tokenizer, data=data, policy="sft", settings=settings, **options)
     ours.train()
     assert losses(ours) == pytest.approx(losses(theirs), abs=2e-6)
     assert len(losses(ours)) == 4
@@ -194,12 +200,14 @@ def lora(**options):
     return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
 
 
-def test_lora_references_agree_and_only_adapters_move(tmp_path, tokenizer):
+@pytest.mark.parametrize("adapter", [{}, {"use_dora": True}, {"modules_to_save": ["embed_tokens"]}], ids=str)
+def test_lora_references_agree_and_only_adapters_move(tmp_path, tokenizer, adapter):
     found = []
     for reference in ("adapter_off", "copy"):
         model = tiny_model()
-        trainer = make(tmp_path, tokenizer, model=model, reference=reference, peft_config=lora())
-        base = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora_" not in n}
+        model.config.tie_word_embeddings = False
+        trainer = make(tmp_path, tokenizer, model=model, reference=reference, peft_config=lora(**adapter))
+        base = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
         trainer.train()
         assert all(torch.equal(p, base[n]) for n, p in trainer.model.named_parameters() if n in base)
         assert trainer.state.log_history[-2]["kl"] > 0
@@ -277,7 +285,7 @@ def test_resume_refuses_changed_data_and_policy(tmp_path, tokenizer):
         make(tmp_path, tokenizer, data=changed, settings=settings).train(resume_from_checkpoint=checkpoint)
     with pytest.raises(ValueError, match="its policy was"):
         make(tmp_path, tokenizer, policy="soft_weight", settings=settings).train(resume_from_checkpoint=checkpoint)
-    with pytest.raises(ValueError, match="no checkpoint to resume"):
+    with pytest.raises(ValueError, match="no complete checkpoint to resume"):
         make(tmp_path / "new", tokenizer, settings=settings).train(resume_from_checkpoint=True)
 
 
@@ -323,6 +331,8 @@ def nan_policy(p_safe_BT, *, batch):
         ({"settings": {"packing": True}}, "does not support packing=True"),
         ({"settings": {"loss_type": "dft"}}, "does not support loss_type='dft'"),
         ({"data_collator": object()}, "brings its own data_collator"),
+        ({"compute_loss_func": print}, "does not support compute_loss_func"),
+        ({"formatting_func": str}, "does not support formatting_func"),
         ({"data": []}, "the train dataset is empty"),
         ({"data": [{"messages": conversation("a", "b")}]}, "train row 0: has no `safety` score"),
     ],

@@ -19,14 +19,16 @@ from sklearn.preprocessing import StandardScaler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safeshape.data import Message
+from safeshape.models import load
 from safeshape.types import Score
 
 Pooling = Literal["last", "mean"]
+Prompt = str | Sequence[Message]  # a plain request, or a conversation that ends before the answer
 Features = NDArray[np.float32]
 
 
 def features(
-    conversations: Sequence[Sequence[Message]],
+    prompts: Sequence[Prompt],
     *,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -37,8 +39,8 @@ def features(
 ) -> Features:
     """Hidden states of prompts, the chosen layers side by side, shape (B, layers * hidden size).
 
-    A conversation ends before the answer; it is rendered with the generation prompt, so that the last token is the one
-    from which the first answer token is predicted. Layer 0 is the embedding, -1 the last layer.
+    A prompt is rendered with the generation prompt, so that its last token is the one from which the first answer token
+    is predicted. Layer 0 is the embedding, -1 the last layer.
     Errors: ValueError for a layer the model does not have, an unknown pooling, or no prompts.
     """
     depth = int(model.config.num_hidden_layers) + 1
@@ -47,9 +49,10 @@ def features(
             raise ValueError(f"the model has hidden states 0 to {depth - 1}; there is no layer {layer}")
     if pooling not in ("last", "mean"):
         raise ValueError(f"pooling must be last or mean, got {pooling!r}")
-    if not conversations:
+    if not prompts:
         raise ValueError("there are no prompts")
-    texts = [tokenizer.apply_chat_template(list(c), tokenize=False, add_generation_prompt=True) for c in conversations]
+    shown = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
+    texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in shown]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     found = np.zeros((len(ids), len(layers) * int(model.config.hidden_size)), dtype=np.float32)
@@ -77,6 +80,16 @@ def _pool(states_BLH: torch.Tensor, mask_BL: torch.Tensor, pooling: Pooling) -> 
     return (states_BLH * weights_BL1).sum(1) / weights_BL1.sum(1)
 
 
+def _loaded(
+    model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if isinstance(model, str):
+        return load(model)
+    if tokenizer is None:
+        raise ValueError("a loaded model needs its tokenizer")
+    return model, tokenizer
+
+
 @dataclass(frozen=True, kw_only=True)
 class Probe:
     """A fitted probe with the model it reads. `weight_F`, `bias`: on raw features, standardisation folded in."""
@@ -91,17 +104,18 @@ class Probe:
     @classmethod
     def fit(
         cls,
-        prompts: Sequence[Sequence[Message]],
+        prompts: Sequence[Prompt],
         labels: Sequence[bool],
         *,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        model: str | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         layers: Sequence[int] = (-1,),
         pooling: Pooling = "last",
     ) -> "Probe":
-        """Fit on prompts labelled True where harmful.
+        """Fit on prompts labelled True where harmful. `model`: a path or Hub id, or a model with its tokenizer.
 
-        Errors: ValueError when prompts and labels differ in number or only one class is there.
+        Errors: ValueError when prompts and labels differ in number, only one class is there, or a loaded model comes
+        without its tokenizer.
         Source: adaptive regularisation, arXiv 2602.17546 (last input token, logistic regression).
         Differs: the released code fits a two-layer network on means over all tokens and layers, and gates at 0.5.
         """
@@ -109,17 +123,18 @@ class Probe:
             raise ValueError(f"{len(prompts)} prompts but {len(labels)} labels")
         if len(set(labels)) != 2:
             raise ValueError("a probe needs harmful and harmless prompts")
-        x_BF = features(prompts, model=model, tokenizer=tokenizer, layers=layers, pooling=pooling)
+        reader, tokenizer = _loaded(model, tokenizer)
+        x_BF = features(prompts, model=reader, tokenizer=tokenizer, layers=layers, pooling=pooling)
         pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
         pipeline.fit(x_BF, np.asarray(labels, dtype=int))
         scaler, regression = pipeline[0], pipeline[1]
         weight_F = (regression.coef_[0] / scaler.scale_).astype(np.float32)
         bias = float(regression.intercept_[0] - (regression.coef_[0] * scaler.mean_ / scaler.scale_).sum())
         return cls(
-            weight_F=weight_F, bias=bias, layers=tuple(layers), pooling=pooling, model=model, tokenizer=tokenizer
+            weight_F=weight_F, bias=bias, layers=tuple(layers), pooling=pooling, model=reader, tokenizer=tokenizer
         )
 
-    def p_safe(self, prompts: Sequence[Sequence[Message]]) -> list[float]:
+    def p_safe(self, prompts: Sequence[Prompt]) -> list[float]:
         """1 minus the probability that a prompt is harmful, in the order of the prompts."""
         x_BF = features(prompts, model=self.model, tokenizer=self.tokenizer, layers=self.layers, pooling=self.pooling)
         margin_B = torch.from_numpy(x_BF @ self.weight_F + self.bias)
@@ -127,7 +142,7 @@ class Probe:
 
     def score_many(self, conversations: Iterable[Sequence[Message]], *, window: int = 256) -> Iterator[Score]:
         """Score a stream of conversations by their prompts: all messages but the last."""
-        buffer: list[Sequence[Message]] = []
+        buffer: list[Prompt] = []
         for messages in conversations:
             buffer.append(messages[:-1])
             if len(buffer) == window:
@@ -136,7 +151,7 @@ class Probe:
         if buffer:
             yield from self._scores(buffer)
 
-    def _scores(self, prompts: Sequence[Sequence[Message]]) -> Iterator[Score]:
+    def _scores(self, prompts: Sequence[Prompt]) -> Iterator[Score]:
         for value in self.p_safe(prompts):
             yield Score(signal="probe", p_safe=value, scorer=self.identity())
 
@@ -153,13 +168,21 @@ class Probe:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+        cls,
+        folder: str | Path,
+        *,
+        model: str | PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> "Probe":
-        """Load a probe for the model it was fitted on. Errors: ValueError when the model's size does not fit."""
+        """Load a probe and, unless given, the model it was fitted on.
+
+        Errors: ValueError when the model's size does not fit, or a loaded model comes without its tokenizer.
+        """
         path = Path(folder)
         settings = json.loads((path / "probe.json").read_text())
         tensors = load_file(path / "probe.safetensors")
-        wanted = len(settings["layers"]) * int(model.config.hidden_size)
+        reader, tokenizer = _loaded(settings["model"] if model is None else model, tokenizer)
+        wanted = len(settings["layers"]) * int(reader.config.hidden_size)
         if len(tensors["weight_F"]) != wanted:
             raise ValueError(f"the probe has {len(tensors['weight_F'])} weights, this model gives {wanted} features")
         return cls(
@@ -167,6 +190,6 @@ class Probe:
             bias=float(tensors["bias"][0]),
             layers=tuple(settings["layers"]),
             pooling=settings["pooling"],
-            model=model,
+            model=reader,
             tokenizer=tokenizer,
         )

@@ -11,12 +11,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 def bars() -> Iterator[Callable[[str, int, int], None]]:
     """Give a function `progress(label, done, total)` that draws one bar per label."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as drawn:
-        known: dict[str, TaskID] = {}
+    drawn = Progress(*columns, console=Console(stderr=True))
+    known: dict[str, TaskID] = {}
 
-        def progress(label: str, done: int, total: int) -> None:
-            if label not in known:
-                known[label] = drawn.add_task(label, total=total)
-            drawn.update(known[label], completed=done, total=total)
+    def progress(label: str, done: int, total: int) -> None:
+        drawn.start()
+        if label not in known:
+            known[label] = drawn.add_task(label, total=total)
+        drawn.update(known[label], completed=done, total=total)
 
+    try:
         yield progress
+    finally:
+        if known:  # stopping bars that never started would print an empty line
+            drawn.stop()

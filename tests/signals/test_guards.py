@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import byte_bpe, conversation, tiny_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from safeshape.signals.column import score_dataset
 from safeshape.signals.guards import chunk_ends, load_guard
@@ -14,11 +15,11 @@ ANSWER = "one two three four five six\nseven eight  nine ten fox dog"
 ROW = {"name": "test", "safe": "yes", "unsafe": "no", "answer_prefix": "\n\n"}
 
 
-def guard_of(kind="llama"):
+def guard_of(kind="llama", model=None):
     tokenizer = byte_bpe()
     tokenizer.add_tokens(["yes", "no"])
     tokenizer.chat_template = GUARD_TEMPLATE
-    return load_guard(ROW, model=tiny_model(kind), tokenizer=tokenizer)
+    return load_guard(ROW, model=model or tiny_model(kind), tokenizer=tokenizer)
 
 
 def naive(guard, messages, end):
@@ -41,8 +42,14 @@ def test_every_span_has_the_naive_score_of_its_prefix(kind):
     assert max(s.p_safe for s in spans) - min(s.p_safe for s in spans) > 1e-3
 
 
-def test_batching_and_windows_change_nothing():
-    guard = guard_of()
+def absolute_positions():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)).eval()
+
+
+@pytest.mark.parametrize("make", [tiny_model, absolute_positions], ids=["rotary", "absolute"])
+def test_batching_and_windows_change_nothing(make):
+    guard = guard_of(model=make())
     rows = [conversation("what", " ".join(ANSWER.split()[:n])) for n in (1, 3, 12, 7, 5)]
     together = [s.p_safe for score in guard.score_many(rows, chunk=2) for s in score.spans]
     apart = [s.p_safe for score in guard.score_many(rows, chunk=2, batch_size=1, window=1) for s in score.spans]

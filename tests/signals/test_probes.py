@@ -73,3 +73,20 @@ def test_bad_input_is_refused(tokenizer):
         Probe.fit(HARMFUL[:2], [True], model=model, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="needs harmful and harmless"):
         Probe.fit(HARMFUL[:2], [True, True], model=model, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="a loaded model needs its tokenizer"):
+        Probe.fit(HARMFUL[:1] + HARMLESS[:1], [True, False], model=model)
+
+
+def test_paths_and_plain_strings_do_as_well(tmp_path, model_folder, tokenizer):
+    texts = [prompt[0]["content"] for prompt in HARMLESS + HARMFUL]
+    probe = Probe.fit(texts, [False] * 9 + [True] * 9, model=str(model_folder))
+    probe.save_pretrained(tmp_path)
+    again = Probe.from_pretrained(tmp_path)
+    assert again.p_safe(HARMFUL) == pytest.approx(probe.p_safe(texts[9:]), abs=1e-6)
+    with pytest.raises(ValueError, match="the probe has 32 weights, this model gives 16 features"):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        small = LlamaForCausalLM(
+            LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=64)
+        )
+        Probe.from_pretrained(tmp_path, model=small, tokenizer=tokenizer)
