@@ -181,6 +181,7 @@ def test_a_recipe_with_a_typo_or_bad_value_is_refused_by_name(tmp_path, capsys):
     [
         (["demo", "--size", "9"], "size must be 20 to 500"),
         (["demo", "--family", "gpt"], "family"),
+        (["demo", "--epochs", "0"], "epochs must be at least 1"),
         (["demo", "--sead", "1"], "--sead"),
         (["world", "build"], "output_dir must be given"),
         (["world", "break"], "break"),

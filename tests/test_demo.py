@@ -14,7 +14,7 @@ def rates(path):
 
 
 def test_a_small_demo_writes_everything(tmp_path):
-    config = DemoConfig(output_dir=str(tmp_path / "out"), size=20, prompts=10, harmful_share=0.3)
+    config = DemoConfig(output_dir=str(tmp_path / "out"), size=20, prompts=10, harmful_share=0.3, epochs=1)
     demo = run(config, lambda label, done, total: None)
     found, rows = rates(tmp_path / "out")
     assert len(rows) == len(demo.rows) == 4 * (len(METHODS) + 1)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from safeshape.world.build import build
+from safeshape.world import ASSETS
+from safeshape.world.build import build, tokenizer_texts
 from safeshape.world.families import FAMILIES, GUARD, train_tokenizer
 
 
@@ -35,6 +36,20 @@ def test_progress_is_told_and_threads_are_put_back(tmp_path):
 def test_an_unknown_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="unknown model 'gpt'"):
         build(tmp_path, only=("gpt",))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES.values(), GUARD], ids=lambda f: f.name)
+def test_the_shipped_tokenizers_come_from_this_code(family, tmp_path):
+    train_tokenizer(family, tokenizer_texts(0)).save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (ASSETS / family.name / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["guard", "llama", "qwen3", "phi3"])
+def test_the_shipped_weights_come_from_this_code(name, tmp_path):
+    """Byte for byte on the kind of machine that built them; elsewhere float sums may differ, and this test with them."""
+    build(tmp_path, only=(name,))
+    assert contents(tmp_path / name) == contents(ASSETS / name)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES.values(), GUARD], ids=lambda f: f.name)
