@@ -47,7 +47,7 @@ def test_the_shipped_tokenizers_come_from_this_code(family, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["guard", "llama", "qwen3", "phi3"])
 def test_the_shipped_weights_come_from_this_code(name, tmp_path):
-    """Byte for byte on the kind of machine that built them; elsewhere float sums may differ, and this test with them."""
+    """Byte for byte on the kind of machine that built them; elsewhere float sums, and so bytes, may differ."""
     build(tmp_path, only=(name,))
     assert contents(tmp_path / name) == contents(ASSETS / name)
 
