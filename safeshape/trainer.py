@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -59,7 +60,7 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
     learned when its message carries a `p_safe`.
     Data: `messages`, or `prompt` and `completion`, with a `safety` column where the policy needs one.
     Logged: `ce`, `kl` (unweighted, nats per response token), `ce_weight`, `kl_weight` (means), `skipped_updates`
-    (share), `risk_hist/*` (share of response tokens), `num_tokens`.
+    (share), `risk_hist/*` (share of response tokens), `num_tokens` (all tokens seen, as TRL counts them).
     Errors: ValueError in one sentence for settings that cannot work, naming the row or field for data.
     Source: STAR-DSS, arXiv 2505.17196; adaptive regularisation, arXiv 2602.17546.
     """
@@ -106,10 +107,14 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         )
         if self.aux_loss_enabled:
             raise ValueError("mixture-of-experts auxiliary losses are not supported; set router_aux_loss_coef to 0")
+        if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
+            raise ValueError("prompt-learning adapters put virtual tokens before the labels; use LoRA")
         self.data_collator: Any = ShapedCollator(vars(self)["data_collator"])
         # The loss is divided by N here, so the trainer must count N for every model class.
         self.model_accepts_loss_kwargs = True
         self.reference = make_reference(reference, self.model) if self.policy.needs_reference else None
+        if isinstance(self.reference, Frozen):
+            self.reference.model.to(self.args.device)
         self.floor = GradientFloor(gradient_floor)
         self.add_callback(self.floor)
         self._data = data_summary(self.train_dataset)
@@ -190,6 +195,8 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
             num_tokens=counted_BT.sum() if num_items_in_batch is None else num_items_in_batch,
         )
         self._record(out, weights, counted_BT, p_safe_BT)
+        if self.model.training:
+            self._total_train_tokens += int(self.accelerator.reduce(inputs["attention_mask"].sum()))
         loss = out.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # N counts the tokens of every rank, while data parallelism averages the gradients over ranks.
@@ -251,8 +258,6 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         mode = "train" if self.model.training else "eval"
         for name, value in sums.items():
             self._sums[mode][name] = self._sums[mode].get(name, 0.0) + value.detach()
-        if mode == "train":
-            self._total_train_tokens += int(self.accelerator.reduce(count))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the token-weighted means since the last log."""
@@ -288,8 +293,6 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
     def _verify_reference(self) -> None:
         if self.reference is None:
             return
-        if isinstance(self.reference, Frozen):
-            self.reference.model.to(self.args.device)
         rows = [row for row, _ in zip(self.train_dataset, range(2), strict=False)]
         batch = self._prepare_inputs(self.data_collator(rows))
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}

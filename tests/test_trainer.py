@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import conversation, tiny_model
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PromptTuningConfig
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
@@ -311,6 +311,28 @@ def test_what_is_saved_loads_with_plain_transformers_and_peft(tmp_path, tokenize
         assert torch.allclose(merged(ids).logits, adapter.model.eval()(ids).logits, atol=1e-6)
 
 
+def test_a_stream_trains_like_its_rows(tmp_path, tokenizer):
+    settings = {"max_steps": 2, "per_device_train_batch_size": 4}
+    runs = []
+    for stream in (False, True):
+        data = Dataset.from_list(rows())
+        trainer = SafeTrainer(
+            tiny_model(),
+            config(tmp_path, train_sampling_strategy="sequential", **settings),
+            train_dataset=data.to_iterable_dataset() if stream else data,
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[0] == pytest.approx(runs[1], abs=1e-6)
+
+
+def test_tokens_are_counted_as_trl_counts_them(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, settings={"max_steps": 2})
+    trainer.train()
+    assert trainer.state.log_history[-1]["num_tokens"] == sum(len(ids) for ids in trainer.train_dataset["input_ids"])
+
+
 def test_evaluation_uses_the_same_loss(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, policy="fixed_kl", reference=moved_reference())
     numbers = trainer.evaluate(Dataset.from_list(rows()))
@@ -340,6 +362,12 @@ def nan_policy(p_safe_BT, *, batch):
 def test_bad_settings_are_refused(tmp_path, tokenizer, options, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, tokenizer, **options)
+
+
+def test_prompt_learning_is_refused(tmp_path, tokenizer):
+    virtual = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="virtual tokens"):
+        make(tmp_path, tokenizer, peft_config=virtual)
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path, tokenizer):
