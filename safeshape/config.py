@@ -133,18 +133,17 @@ def parser_for(config: type[Any], verb: str) -> Parser:
         required = item.default is MISSING and item.default_factory is MISSING
         default = item.default_factory() if item.default_factory is not MISSING else item.default
         shown = " (required)" if required else f" (default: {default})"
-        options: dict[str, Any] = {"nargs": "+"} if many else {}
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, **({"nargs": "+"} if many else {})}
         # A positional `action` reads better than a flag: `safeshape world build`.
         name = item.name if item.name == "action" else f"--{item.name}"
         if item.name == "action":
-            options["nargs"] = "?"
+            options |= {"nargs": "?", "default": None}  # argparse would check a suppressed default against the choices
         else:
             options["metavar"] = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
         parser.add_argument(
             name,
             type=kind,
             choices=choices or None,
-            default=argparse.SUPPRESS,
             help=(item.metadata["help"] + shown).replace("%", "%%"),
             **options,
         )
@@ -202,7 +201,7 @@ def validated(config: type[C], values: dict[str, Any]) -> C:
 
 def parse(config: type[C], verb: str, argv: Sequence[str]) -> C:
     """Read a verb's settings from `--config` and flags; flags win. Errors: ValueError that names the field."""
-    flags = vars(parser_for(config, verb).parse_args(list(argv)))
+    flags = {k: v for k, v in vars(parser_for(config, verb).parse_args(list(argv))).items() if v is not None}
     path = flags.pop("config", None)
     values = {} if path is None else read_yaml(path)
     known = [item.name for item in fields(config)]  # type: ignore[arg-type]

@@ -193,6 +193,17 @@ def test_other_verbs_refuse_bad_settings(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_world_lists_what_is_shipped(capsys, tmp_path):
+    assert main(["world"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["world:llama", "world:qwen3", "world:phi3", "world:guard"]
+    assert all((Path(line.split()[1]) / "model.safetensors").exists() for line in lines)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert main(["world", "build", "--output_dir", str(tmp_path / "full")]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
 def test_score_writes_a_column_that_train_reads(command, tmp_path, capsys):
     plain = write(
         tmp_path / "plain.jsonl", [{"messages": conversation("What color is the vault", "The vault is red.")}] * 4

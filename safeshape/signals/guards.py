@@ -15,7 +15,7 @@ import torch
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from safeshape.data import Message
+from safeshape.data import Message, answer_of
 from safeshape.models import load
 from safeshape.types import Score, Span
 
@@ -100,7 +100,7 @@ class Guard:
         buffer: list[tuple[str, list[int], list[str]]] = []
         for index, messages in enumerate(conversations):
             try:
-                answer = _last_answer(messages)
+                answer = answer_of({"messages": messages})
                 ends = chunk_ends(answer, chunk, unit, self.tokenizer)
                 buffer.append((answer, ends, [self.render(messages, answer[:end]) for end in ends]))
             except ValueError as error:
@@ -112,7 +112,7 @@ class Guard:
             yield from self._flush(buffer, chunk, unit, batch_size)
 
     def render(self, messages: Sequence[Message], partial: str) -> str:
-        """The text the guard reads for a partial response, up to where its label comes."""
+        """The text the guard reads for a partial response, up to where its own answer begins."""
         shown = [{"role": m["role"], "content": m["content"]} for m in messages[:-1] if m["role"] != "system"]
         shown.append({"role": "assistant", "content": partial})
         try:
@@ -121,11 +121,16 @@ class Guard:
             )
         except TemplateError as error:
             raise ValueError(f"the guard's chat template rejects the conversation: {error}") from error
-        return str(text) + self.row.answer_prefix
+        return str(text)
 
     def p_safe(self, texts: Sequence[str], *, batch_size: int = 64) -> list[float]:
-        """V for rendered texts, batched by length. Padding is on the left and masked: it never changes a score."""
-        ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        """V for rendered texts, batched by length. Padding is on the left and masked: it never changes a score.
+
+        What the guard writes before its label is appended as tokens of its own, as generation would have it: joined to
+        the text, two newlines after two newlines may become one other token.
+        """
+        prefix = self.tokenizer(self.row.answer_prefix, add_special_tokens=False)["input_ids"]
+        ids = [row + prefix for row in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         scores = [0.0] * len(ids)
         device = self.model.device
@@ -167,15 +172,6 @@ class Guard:
             starts = [0, *ends[:-1]]
             spans = tuple(Span(start=a, end=b, p_safe=next(scores)) for a, b in zip(starts, ends, strict=True))
             yield Score(signal="star", p_safe=spans[-1].p_safe, spans=spans, scorer=self.identity(chunk, unit))
-
-
-def _last_answer(messages: Sequence[Message]) -> str:
-    if not messages or messages[-1].get("role") != "assistant":
-        raise ValueError("the last message must be the assistant's")
-    answer = messages[-1].get("content")
-    if not isinstance(answer, str) or not answer.strip():
-        raise ValueError("the assistant's answer is empty or not a string")
-    return answer
 
 
 def _single_token(tokenizer: PreTrainedTokenizerBase, label: str) -> int:

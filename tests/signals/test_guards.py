@@ -84,6 +84,37 @@ def test_the_score_carries_its_identity_and_the_last_spans_value():
     assert score.scorer == {"guard": "test", "model": "", "revision": "main", "chunk": 4, "unit": "words"}
 
 
+LLAMA_GUARD_SHAPE = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{% endfor %}"
+    "{{ '<|im_start|>user\n\nTask: check the last message.\n\n' }}"
+    "{% for m in messages %}{{ ('User' if m['role'] == 'user' else 'Agent') + ': ' + m['content'] + '\n\n' }}"
+    "{% endfor %}"
+    "{{ '<|im_end|><|im_start|>assistant\n\n' }}"
+)
+
+
+def test_llama_guard_reads_its_label_after_two_newlines_of_its_own():
+    tokenizer = byte_bpe()
+    tokenizer.add_tokens(["safe", "unsafe", "\n\n", "\n\n\n\n"])
+    tokenizer.chat_template = LLAMA_GUARD_SHAPE
+    guard = load_guard("llama-guard-3", model=tiny_model(vocab_size=520), tokenizer=tokenizer)
+    text = guard.render(conversation("what", ANSWER), ANSWER[:3])
+    assert text == (
+        "<|im_start|>user\n\nTask: check the last message.\n\nUser: what\n\nAgent: one\n\n"
+        "<|im_end|><|im_start|>assistant\n\n"
+    )
+    two = tokenizer.convert_tokens_to_ids("\n\n")
+    ids = torch.tensor([[*tokenizer(text, add_special_tokens=False)["input_ids"], two]])
+    assert ids[0, -2:].tolist() == [two, two]
+    with torch.no_grad():
+        logits = guard.model(ids).logits[0, -1]
+    safe, unsafe = tokenizer.convert_tokens_to_ids("safe"), tokenizer.convert_tokens_to_ids("unsafe")
+    assert guard.p_safe([text]) == pytest.approx([torch.sigmoid(logits[safe] - logits[unsafe]).item()], abs=1e-5)
+    with pytest.raises(ValueError, match="rejects the conversation: Conversation roles must alternate"):
+        guard.score([{"role": "user", "content": "a"}, *conversation("a", "b")])
+
+
 def test_a_scored_dataset_is_an_ordinary_dataset(tmp_path):
     from datasets import Dataset, load_from_disk
 
