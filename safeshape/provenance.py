@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -69,12 +70,13 @@ def run_record(
     state: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The content of `safeshape.json`. It carries names, counts, hashes and versions, never the data's text."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     return {
         "policy": {"name": policy.name, **policy.parameters, "divergence": policy.divergence},
         "reference": reference,
         "signals": signals,
         "data": dict(data),
-        "model": model.config._name_or_path if isinstance(model, PreTrainedModel) else type(model).__name__,
+        "model": base.config._name_or_path if isinstance(base, PreTrainedModel) else type(base).__name__,
         "state": dict(state),
         "versions": versions(),
     }

@@ -84,9 +84,10 @@ def test_a_users_own_files_train(command, tmp_path, capsys):
     assert "already holds another run (safeshape.json)" in capsys.readouterr().err
 
 
-def test_lora_from_flags(command, tmp_path):
+def test_lora_from_flags(command, tmp_path, model_folder):
     assert main(command(use_peft="true", lora_r="2", lora_target_modules="all-linear")) == 0
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert json.loads((tmp_path / "out" / "safeshape.json").read_text())["model"] == str(model_folder)
 
 
 def test_flags_win_over_the_recipe(tmp_path):
