@@ -112,6 +112,21 @@ def test_a_uniform_policy_equals_trl(tmp_path, tokenizer, accumulation, adapter)
     assert (parameters(ours.model) - parameters(theirs.model)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("form", ["strings", "messages"])
+def test_tokens_and_labels_equal_trls(tmp_path, tokenizer, form):
+    data = rows(6)
+    if form == "strings":
+        data = [{"prompt": r["messages"][0]["content"], "completion": " " + r["messages"][1]["content"]} for r in data]
+    else:
+        data = [{"prompt": r["messages"][:1], "completion": r["messages"][1:]} for r in data]
+    dataset, settings = Dataset.from_list(data), config(tmp_path)
+    theirs = SFTTrainer(tiny_model(), settings, train_dataset=dataset, processing_class=tokenizer).train_dataset
+    ours = make(tmp_path, tokenizer, data=data, policy="sft").train_dataset
+    assert ours["input_ids"] == theirs["input_ids"]
+    assert ours["labels"] == theirs["labels"]
+    assert any(label != -100 for label in ours["labels"][0])
+
+
 def moved_reference():
     return tiny_model(seed=1)
 
