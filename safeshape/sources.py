@@ -24,7 +24,7 @@ def read_dataset(name: str, split: str = "train") -> Dataset:
             raise ValueError(f"{name}: unknown kind of file; known: {', '.join(_READERS)}, or a saved dataset folder")
         if path.stat().st_size == 0:
             raise ValueError(f"{name} is empty")
-        if path.suffix == ".jsonl" and not path.open(errors="replace").readline().lstrip().startswith("{"):
+        if path.suffix == ".jsonl" and not _begins_with_an_object(path):
             raise ValueError(_reason(path, ValueError("it does not begin with a JSON object")))
         try:
             return load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
@@ -54,6 +54,12 @@ def check_first_row(dataset: Dataset) -> None:
         answer_of(dataset[0])
     except ValueError as error:
         raise ValueError(f"row 0: {error}") from error
+
+
+def _begins_with_an_object(path: Path) -> bool:
+    """The reader takes lines of other JSON values as columns without a word, so the first line is looked at here."""
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+        return next((line for line in lines if line.strip()), "").lstrip().startswith("{")
 
 
 def _reason(path: Path, error: Exception) -> str:

@@ -84,6 +84,12 @@ def test_a_users_own_files_train(command, tmp_path, capsys):
     assert "already holds another run (safeshape.json)" in capsys.readouterr().err
 
 
+def test_a_byte_order_mark_and_blank_lines_are_no_obstacle(command, tmp_path, capsys):
+    path = tmp_path / "marked.jsonl"
+    path.write_text("\n\n" + json.dumps(scored()) + "\n\n" + json.dumps(scored("four")) + "\n", encoding="utf-8-sig")
+    assert main(command(dataset_name=str(path))) == 0, capsys.readouterr().err
+
+
 def test_lora_from_flags(command, tmp_path, model_folder):
     assert main(command(use_peft="true", lora_r="2", lora_target_modules="all-linear")) == 0
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
