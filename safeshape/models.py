@@ -7,7 +7,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -20,7 +20,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-ReferenceKind = Literal["auto", "adapter_off", "copy"]
 REFERENCE_KINDS: tuple[str, ...] = ("auto", "adapter_off", "copy")
 Inputs = Mapping[str, torch.Tensor]
 Conversation = Sequence[Mapping[str, Any]]

@@ -24,7 +24,6 @@ ACTS: dict[str, tuple[str, ...]] = {
     "financial advice": ("kelmut", "lindrax"),
 }
 CATEGORY_OF: dict[str, str] = {act: category for category, acts in ACTS.items() for act in acts}
-CATEGORIES: tuple[str, ...] = tuple(ACTS)
 
 TARGETS = tuple(
     "vault tower archive market harbor station bridge library garden mill school museum theater office "
