@@ -106,7 +106,7 @@ class WorldConfig:
     """Build the embedded world's models from a seed, or say where the shipped ones are."""
 
     action: Literal["build", "show"] = option("show", help="build: train them anew; show: list the shipped ones")
-    output_dir: str | None = option(None, help="build: folder for the models, which must not exist")
+    output_dir: str | None = option(None, help="build: a new or empty folder for the models")
     seed: int = option(0, help="build: seed; the shipped models are from seed 0")
     only: list[str] = field(
         default_factory=lambda: ["llama", "qwen3", "phi3", "guard"], metadata={"help": "build: which models"}

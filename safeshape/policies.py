@@ -197,7 +197,9 @@ def resolve_policy(spec: str | Mapping[str, Any] | PolicyFunction) -> Policy:
     return policy
 
 
-def _named(name: str) -> tuple[str, PolicyFunction]:
+def _named(name: object) -> tuple[str, PolicyFunction]:
+    if not isinstance(name, str):
+        raise ValueError(f"a policy's name must be a string or a function, got {name!r}")
     if name in POLICIES:
         return name, POLICIES[name]
     module, _, function = name.partition(":")

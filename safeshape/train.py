@@ -79,15 +79,17 @@ def _plain(message: str, found: TrlParser) -> str:
     return str(unknown_key(first, [flag for action in found._actions for flag in action.option_strings], "flags"))
 
 
-def scored(dataset: Dataset, config: TrainConfig, model_name: str, dtype: str, progress: Any) -> Dataset:
-    """The dataset with the `safety` column that the settings ask for."""
+def scored(dataset: Dataset, settings: Settings, model_name: str, progress: Any) -> Dataset:
+    """The dataset with the `safety` column that the settings ask for; the scorer is on the training device."""
+    config, args, model_args = settings
     if config.guard:
         source = world.path("guard") if config.guard == "world" else None
-        guard = load_guard(config.guard, model=config.guard_model or source)
+        guard = load_guard(config.guard, model=config.guard_model or source, device=str(args.device))
         return score_dataset(dataset, lambda rows: guard.score_many(rows, chunk=config.chunk), progress=progress)
     if config.probe:
-        model, tokenizer = load(model_name, dtype=dtype)
-        probe = Probe.from_pretrained(config.probe, model=model, tokenizer=tokenizer)
+        dtype, revision = model_args.dtype or "float32", model_args.model_revision
+        model, tokenizer = load(model_name, revision=revision, dtype=dtype)
+        probe = Probe.from_pretrained(config.probe, model=model.to(args.device), tokenizer=tokenizer)
         return score_dataset(dataset, probe.score_many, progress=progress)
     return dataset
 
@@ -113,7 +115,7 @@ def train(argv: Sequence[str], progress: Any) -> str:
             f"policy {resolved.name!r} needs scores, and {config.dataset_name} has no `safety` column; "
             "give --guard or --probe, or run `safeshape score` first"
         )
-    dataset = scored(dataset, config, name, model_args.dtype or "float32", progress)
+    dataset = scored(dataset, (config, args, model_args), name, progress)
     quantization = get_quantization_config(model_args)
     args.model_init_kwargs = {
         "revision": model_args.model_revision,

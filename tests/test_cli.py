@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from safeshape.cli import VERBS, main
 from safeshape.provenance import last_complete_checkpoint
+from safeshape.signals.probes import Probe
 from safeshape.train import parse_settings
 
 ROOT = Path(__file__).parent.parent
@@ -223,6 +224,36 @@ def test_score_writes_a_column_that_train_reads(command, tmp_path, capsys):
     assert main(["score", "--dataset_name", plain, "--output", str(output)]) == 2
     assert "exists already" in capsys.readouterr().err
     assert main(command(dataset_name=str(output))) == 0
+
+
+@pytest.mark.parametrize("name", ["scored.parquet", "scored"])
+def test_other_forms_of_scored_data_train_as_well(command, tmp_path, name):
+    plain = write(
+        tmp_path / "plain.jsonl", [{"messages": conversation("What color is the vault", "The vault is red.")}] * 4
+    )
+    assert main(["score", "--dataset_name", plain, "--output", str(tmp_path / name), "--chunk", "2"]) == 0
+    assert main(command(dataset_name=str(tmp_path / name))) == 0
+    (signal_record,) = json.loads((tmp_path / "out" / "safeshape.json").read_text())["signals"]
+    assert signal_record["scorer"]["chunk"] == 2
+    assert signal_record["rows"] == 4
+
+
+def test_csv_with_prompts_and_completions_trains(command, tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text('prompt,completion\none two," three, four"\nfive," six"\n')
+    assert main(command(dataset_name=str(path), policy="sft")) == 0
+
+
+def test_a_probe_named_in_the_command_scores_the_data(command, tmp_path, model_folder):
+    probe = Probe.fit(
+        ["fox one", "fox two", "unsafe one", "unsafe two"], [False, False, True, True], model=str(model_folder)
+    )
+    probe.save_pretrained(tmp_path / "probe")
+    plain = write(tmp_path / "plain.jsonl", [{"messages": conversation("unsafe one", "two three")}] * 4)
+    assert main(command(dataset_name=plain, probe=str(tmp_path / "probe"), policy="adaptive")) == 0
+    record = json.loads((tmp_path / "out" / "safeshape.json").read_text())
+    assert record["signals"][0]["signal"] == "probe"
+    assert 1 - record["state"]["risk_ema"] == pytest.approx(probe.p_safe(["unsafe one"])[0], abs=1e-5)
 
 
 def test_train_scores_with_a_guard_by_itself(command, tmp_path):

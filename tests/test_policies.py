@@ -88,6 +88,7 @@ def test_a_users_own_function():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
+        ({"name": 5}, "a policy's name must be a string or a function, got 5"),
         ("starr", "unknown policy 'starr'; known: sft"),
         ({"name": "star", "lambda": 1}, "policy 'star' has no parameter 'lambda'; it has: kl"),
         ({"name": "star", "kl": -1}, r"kl must lie in \[0.0, inf\], got -1"),
