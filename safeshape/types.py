@@ -51,14 +51,16 @@ class LossOutput:
 class Score:
     """The verdict of a signal on one conversation.
 
-    `p_safe`: of the whole answer, in [0, 1]. `spans`: of its parts, empty for signals that judge a whole example.
+    `p_safe`: of the whole answer, in [0, 1]; None when the scorer failed on it, and then `error` says why in one
+    sentence: a failure is never a default score. `spans`: of its parts, empty for signals that judge a whole example.
     `signal`: what made it, with model, revision and settings, so that scored data says where it comes from.
     """
 
     signal: str
-    p_safe: float
+    p_safe: float | None
     spans: tuple[Span, ...] = ()
     scorer: dict[str, Any]
+    error: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

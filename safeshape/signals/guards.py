@@ -6,10 +6,9 @@ exp(l_unsafe)) on the raw logits of the label tokens. This is the naive form, on
 faster scorers are tested against.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jinja2.exceptions import TemplateError
@@ -17,48 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safeshape.data import Message, answer_of
 from safeshape.models import load
+from safeshape.signals.chunks import Unit, chunk_ends
+from safeshape.signals.guard_rows import GUARDS, GuardRow
+from safeshape.signals.prefix import naive_label_logits
 from safeshape.types import Score, Span
-
-Unit = Literal["words", "tokens"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuardRow:
-    """How one kind of guard is asked.
-
-    `safe`, `unsafe`: the label tokens, each a single token of the guard. `answer_prefix`: text the guard writes before
-    its label (Llama Guard 3: two newlines). `template`: extra arguments of its chat template. `model`: default weights.
-    """
-
-    safe: str = "safe"
-    unsafe: str = "unsafe"
-    answer_prefix: str = ""
-    template: Mapping[str, Any] = field(default_factory=dict)
-    model: str | None = None
-
-
-GUARDS: dict[str, GuardRow] = {
-    "world": GuardRow(),
-    "llama-guard-3": GuardRow(answer_prefix="\n\n", model="meta-llama/Llama-Guard-3-8B"),
-}
-
-
-def chunk_ends(answer: str, chunk: int, unit: Unit, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Where chunks end, as character offsets: every `chunk` words or guard tokens, and at the answer's end.
-
-    Errors: ValueError for a chunk below 1 or an unknown unit.
-    """
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
-    if unit == "words":
-        ends = [match.end() for match in re.finditer(r"\S+", answer)]
-    elif unit == "tokens":
-        encoded = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
-        ends = [end for start, end in encoded["offset_mapping"] if end > start]
-    else:
-        raise ValueError(f"unit must be words or tokens, got {unit!r}")
-    chosen = sorted(set(ends[chunk - 1 :: chunk]))
-    return [end for end in chosen if end < len(answer.rstrip())] + [len(answer)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,28 +92,8 @@ class Guard:
         """
         prefix = self.tokenizer(self.row.answer_prefix, add_special_tokens=False)["input_ids"]
         ids = [row + prefix for row in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
-        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-        scores = [0.0] * len(ids)
-        device = self.model.device
-        with torch.inference_mode():
-            for begin in range(0, len(order), batch_size):
-                rows = order[begin : begin + batch_size]
-                width = max(len(ids[row]) for row in rows)
-                padded = torch.tensor([[0] * (width - len(ids[row])) + ids[row] for row in rows], device=device)
-                mask = torch.tensor(
-                    [[0] * (width - len(ids[row])) + [1] * len(ids[row]) for row in rows], device=device
-                )
-                logits = self.model(
-                    input_ids=padded,
-                    attention_mask=mask,
-                    position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                    use_cache=False,
-                    logits_to_keep=1,
-                ).logits[:, -1]
-                margin = logits[:, self.safe_id].float() - logits[:, self.unsafe_id].float()
-                for row, value in zip(rows, torch.sigmoid(margin).tolist(), strict=True):
-                    scores[row] = value
-        return scores
+        logits_SK = naive_label_logits(self.model, ids, (self.safe_id, self.unsafe_id), batch_size=batch_size)
+        return [float(value) for value in torch.sigmoid(logits_SK[:, 0] - logits_SK[:, 1])]
 
     def identity(self, chunk: int, unit: Unit) -> dict[str, Any]:
         """What made a score: enough to make it again."""

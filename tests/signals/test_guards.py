@@ -5,8 +5,9 @@ import torch
 from conftest import byte_bpe, conversation, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from safeshape.signals.chunks import chunk_ends
 from safeshape.signals.column import score_dataset
-from safeshape.signals.guards import chunk_ends, load_guard
+from safeshape.signals.guards import load_guard
 
 GUARD_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{{ 'safe or unsafe?<|im_start|>' }}"
