@@ -15,7 +15,7 @@ from trl.data_utils import maybe_convert_to_chatml
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
-from safeshape.types import IGNORE
+from safeshape.types import IGNORE, MicroBatch
 
 Message = Mapping[str, Any]
 _SENTINEL = "\ue000answer\ue001"
@@ -185,24 +185,60 @@ def checked_p_safe(value: object, name: str) -> float:
 
 
 class ShapedCollator:
-    """TRL's collator, plus `p_safe` and `answer_p_safe` padded beside the labels. Right padding only."""
+    """TRL's collator, with the scores (and places in the reference store) padded or flattened beside the labels."""
 
     def __init__(self, collator: DataCollatorForLanguageModeling) -> None:
         self.collator = collator
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch: dict[str, torch.Tensor] = self.collator(rows)
-        for name in ("p_safe", "answer_p_safe"):
-            scores = [torch.tensor(row[name], dtype=torch.float32) for row in rows]
-            batch[name] = pad(scores, padding_value=0.0, pad_to_multiple_of=self.collator.pad_to_multiple_of)
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.collator(rows)
+        for name, (filler, dtype) in _BESIDE_LABELS.items():
+            if name in rows[0]:
+                values = [torch.tensor(row[name], dtype=dtype) for row in rows]
+                if self.collator.padding_free:
+                    values = [torch.cat(values)]
+                batch[name] = pad(values, padding_value=filler, pad_to_multiple_of=self.collator.pad_to_multiple_of)
         return batch
 
 
-def example_risk(labels_BL: torch.Tensor, answer_p_safe_BL: torch.Tensor) -> torch.Tensor:
-    """Risk 1 - p_safe of each example, shape (B,): the mean over its response tokens, which share one value a turn."""
-    counted_BL = labels_BL != IGNORE
-    total_B = ((1 - answer_p_safe_BL) * counted_BL).sum(-1)
-    return total_B / counted_BL.sum(-1).clamp(min=1)
+# Columns with one value per token: what fills the padding, and their type.
+_BESIDE_LABELS = {
+    "p_safe": (0, torch.float32),
+    "answer_p_safe": (0, torch.float32),
+    "cache_index": (-1, torch.int64),
+}
+
+
+def example_risk(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Risk 1 - p_safe of each example, shape (examples,): the mean over its response tokens.
+
+    An example is a row, or where rows are packed or flattened, a stretch of a row whose positions count from 0.
+    """
+    labels_BL, risk_BL = batch["labels"], 1 - batch["answer_p_safe"]
+    begins_BL = batch.get("position_ids", torch.ones_like(labels_BL)) == 0
+    begins_BL[:, 0] = True
+    example_M = begins_BL.flatten().cumsum(0) - 1
+    counted_M = (labels_BL != IGNORE).flatten()
+    zeros = risk_BL.new_zeros(int(example_M[-1]) + 1)
+    total = zeros.index_add(0, example_M, risk_BL.flatten() * counted_M)
+    tokens = zeros.index_add(0, example_M, counted_M.to(zeros))
+    return (total / tokens.clamp(min=1))[tokens > 0]
+
+
+def micro_batch(inputs: Mapping[str, Any]) -> MicroBatch:
+    """A collated batch as the trainer's step reads it: labels and scores shifted to the position that predicts them."""
+    labels_BT = inputs["labels"][:, 1:]
+    counted_BT = labels_BT != IGNORE
+    index_BT = inputs["cache_index"][:, 1:] if "cache_index" in inputs else None
+    return MicroBatch(
+        forward={name: value for name, value in inputs.items() if name != "labels" and name not in _BESIDE_LABELS},
+        labels_BT=labels_BT,
+        counted_BT=counted_BT,
+        p_safe_BT=inputs["p_safe"][:, 1:],
+        answer_p_safe_BT=inputs["answer_p_safe"][:, 1:],
+        position_BT=response_position(labels_BT),
+        cache_index_N=None if index_BT is None else index_BT[counted_BT],
+    )
 
 
 def response_position(labels_BT: torch.Tensor) -> torch.Tensor:

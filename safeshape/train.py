@@ -15,11 +15,12 @@ from safeshape import world
 from safeshape.config import TrainConfig, first_problem, read_yaml, unknown_key
 from safeshape.models import load
 from safeshape.policies import resolve_policy
+from safeshape.refusals import refuse_unsupported
 from safeshape.signals.column import score_dataset
 from safeshape.signals.guards import load_guard
 from safeshape.signals.probes import Probe
 from safeshape.sources import check_first_row, model_path, read_dataset, refuse_used
-from safeshape.trainer import SafeTrainer, refuse_unsupported
+from safeshape.trainer import SafeTrainer
 
 Settings = tuple[TrainConfig, SFTConfig, ModelConfig]
 

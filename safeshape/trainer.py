@@ -1,9 +1,11 @@
 """SafeTrainer: TRL's SFTTrainer with per-token weights and a frozen reference. It knows no method by name.
 
-Shape suffixes: B rows, L tokens of the padded batch, T = L - 1 predicted tokens, V vocabulary.
+Shape suffixes: N response tokens of a micro-batch, H hidden size.
 """
 
 import json
+import logging
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,54 +15,49 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer, pack_dataset
 
-from safeshape.data import ShapedCollator, example_risk, response_position
-from safeshape.losses import label_logp, log_softmax, shaped_loss
-from safeshape.models import Frozen, make_reference, verify_reference
-from safeshape.policies import Batch, Policy, PolicyFunction, resolve_policy
+from safeshape.caching import existing_parent, fill, frozen_head, index_tokens, open_cache
+from safeshape.callbacks import GradientFloor, StartAfterSharding
+from safeshape.data import ShapedCollator, example_risk, micro_batch
+from safeshape.models import (
+    Cached,
+    Frozen,
+    Reference,
+    add_shaped_forward,
+    choose_reference,
+    make_reference,
+    verify_head,
+    verify_reference,
+)
+from safeshape.models.loading import evaluation_mode
+from safeshape.models.reference import causal_model, hidden_states, refuse_trained_biases
+from safeshape.policies import Policy, PolicyFunction, resolve_policy
 from safeshape.provenance import RECORD, check_resume, data_summary, last_complete_checkpoint, run_record, signals_of
+from safeshape.refusals import refuse_arguments, refuse_model, refuse_unsupported
 from safeshape.signals.align import COLUMNS, prepare
-from safeshape.types import IGNORE, LossOutput, Weights
+from safeshape.steps import Objective, Step, dense_step, fused_step
+from safeshape.types import MicroBatch
 
+logger = logging.getLogger("safeshape")
 RISK_BINS = 5
-
-
-class GradientFloor(TrainerCallback):  # type: ignore[misc]
-    """Skips updates whose gradient is rounding noise.
-
-    At theta = theta_0 every KL gradient is zero; on a batch with nothing to learn only noise (norm about 1e-8) is left,
-    and AdamW would rescale it to a full step. Below the floor all gradients are removed, so the optimizer does nothing.
-    """
-
-    def __init__(self, floor: float) -> None:
-        self.floor = floor
-        self.updates = 0
-        self.skipped = 0
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Called by the trainer after clipping and before the optimizer."""
-        model: nn.Module = kwargs["model"]
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        self.updates += 1
-        if float(torch.nn.utils.get_total_norm(gradients)) < self.floor:
-            self.skipped += 1
-            model.zero_grad(set_to_none=True)
 
 
 class SafeTrainer(SFTTrainer):  # type: ignore[misc]
     """TRL's SFTTrainer, constructor included, that learns safe tokens and holds risky ones at a frozen reference.
 
     `policy`: a name, `{"name": ..., parameters}` or a function (see `policies.py`). `reference`: "auto",
-    "adapter_off", "copy" or a model. `gradient_floor`: updates with a smaller gradient norm are skipped. `overlong`:
-    "refuse" or "truncate" for rows longer than `max_length`. Only answers are learned; an earlier assistant turn is
-    learned when its message carries a `p_safe`.
+    "adapter_off", "copy", "cached" or a model. `gradient_floor`: updates with a smaller gradient norm are skipped.
+    `overlong`: "refuse" or "truncate" for rows longer than `max_length`. `loss_head`: "fused" (never full logits),
+    "dense", or "auto": fused where the model's output layer can be read. `cache_dir`, `cache_dtype`: where and how
+    exactly "cached" stores the reference's states (default: `reference_states` in the output folder, the model's
+    precision); the folder stays until you delete it. Only answers are learned; an earlier assistant turn is learned
+    when its message carries a `p_safe`. Packing, padding-free batches and length grouping work as in TRL.
     Data: `messages`, or `prompt` and `completion`, with a `safety` column where the policy needs one.
-    Logged: `ce`, `kl` (unweighted, nats per response token), `ce_weight`, `kl_weight` (means), `skipped_updates`
-    (share), `risk_hist/*` (share of response tokens), `num_tokens` (all tokens seen, as TRL counts them).
+    Logged: `ce` and `kl` (unweighted, nats per token, over the tokens with a weight and with a kl weight), `ce_weight`,
+    `kl_weight` (means), `skipped_updates` (share), `risk_hist/*` (share of response tokens), `num_tokens` (all tokens
+    seen, as TRL counts them).
     Errors: ValueError in one sentence for settings that cannot work, naming the row or field for data.
     Source: STAR-DSS, arXiv 2505.17196; adaptive regularisation, arXiv 2602.17546.
     """
@@ -81,22 +78,24 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         reference: str | nn.Module = "auto",
         gradient_floor: float = 1e-6,
         overlong: str = "refuse",
+        loss_head: str = "auto",
+        cache_dir: str | Path | None = None,
+        cache_dtype: str = "auto",
         **kwargs: Any,
     ) -> None:
         self.policy: Policy = resolve_policy(policy)
-        self.overlong = overlong
-        if overlong not in ("refuse", "truncate"):
-            raise ValueError(f"overlong must be refuse or truncate, got {overlong!r}")
-        if data_collator is not None:
-            raise ValueError("SafeTrainer brings its own data_collator: the weights travel in it")
-        for name in ("compute_loss_func", "formatting_func"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"SafeTrainer does not support {name}; write a policy, or render the data beforehand")
+        self.overlong, self.loss_head = overlong, loss_head
+        refuse_arguments(overlong, loss_head, data_collator, kwargs)
         if args is not None:
             refuse_unsupported(args)
         if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
             raise ValueError("the train dataset is empty")
         self._signals = [] if train_dataset is None else signals_of(train_dataset)
+        self._data: dict[str, Any] = {}
+        self._numbering = True  # datasets that are known from the start can have stored reference states
+        self._numbered: list[Dataset] = []
+        self._tokens_per_row: list[int] = []
+        self._streams = False
         super().__init__(
             model=model,
             args=args,
@@ -105,19 +104,20 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
             processing_class=processing_class,
             **kwargs,
         )
-        if self.aux_loss_enabled:
-            raise ValueError("mixture-of-experts auxiliary losses are not supported; set router_aux_loss_coef to 0")
-        if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
-            raise ValueError("prompt-learning adapters put virtual tokens before the labels; use LoRA")
+        self._numbering = False
+        refuse_model(self.model, self.aux_loss_enabled, self.accelerator.parallelism_config)
         self.data_collator: Any = ShapedCollator(vars(self)["data_collator"])
         # The loss is divided by N here, so the trainer must count N for every model class.
         self.model_accepts_loss_kwargs = True
-        self.reference = make_reference(reference, self.model) if self.policy.needs_reference else None
-        if isinstance(self.reference, Frozen):
-            self.reference.model.to(self.args.device)
+        add_shaped_forward(causal_model(self.model))
+        self._cache_dir = Path(cache_dir or Path(self.args.output_dir) / "reference_states")
+        self._cache_dtype = cache_dtype
+        self.reference: Reference | None = None
+        self.reference_kind = self._choose(reference) if self.policy.needs_reference else None
         self.floor = GradientFloor(gradient_floor)
         self.add_callback(self.floor)
-        self._data = data_summary(self.train_dataset)
+        self.add_callback(StartAfterSharding(self._start))
+        self._started = False
         self._batch_risk = 0.0
         self._risk_ema: float | None = None
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
@@ -136,20 +136,39 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         if not isinstance(processing_class, PreTrainedTokenizerBase):
             raise ValueError("SafeTrainer trains on text; give a tokenizer as processing_class, not a processor")
         columns = dataset.column_names or []
-        if not set(COLUMNS) <= set(columns):
-            dataset = prepare(
-                dataset,
-                processing_class,
-                needs_signal=self.policy.needs_signal,
-                max_length=args.max_length,
-                overlong=self.overlong,
-                name=dataset_name,
-            )
+        if set(COLUMNS) <= set(columns):
+            return dataset
+        dataset = prepare(
+            dataset,
+            processing_class,
+            needs_signal=self.policy.needs_signal,
+            max_length=args.max_length,
+            overlong=self.overlong,
+            name=dataset_name,
+        )
+        if not self._data:
+            self._data = data_summary(dataset)
+        if self.policy.needs_reference and self._numbering:
+            dataset = self._number(dataset)
+        if packing:
+            options = {"desc": f"Packing {dataset_name} data"} if isinstance(dataset, Dataset) else {}
+            if args.shuffle_dataset:
+                dataset = dataset.shuffle(seed=args.seed)
+            dataset = pack_dataset(dataset, args.max_length, args.packing_strategy, options)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+    def _number(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        if isinstance(dataset, IterableDataset):
+            self._streams = True
+            return dataset
+        numbered, tokens = index_tokens(dataset, sum(self._tokens_per_row))
+        self._numbered.append(numbered)
+        self._tokens_per_row += tokens
+        return numbered
 
     def _set_signature_columns_if_needed(self) -> None:
         # Otherwise the trainer drops the weights before the collator sees them.
-        self._signature_columns = list(COLUMNS)
+        self._signature_columns = [*COLUMNS, "cache_index", "seq_lengths"]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -157,7 +176,7 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         """Collect the micro-batches of one update; the mean risk is over all of them and all ranks."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if samples:
-            risk_B = torch.cat([example_risk(s["labels"], s["answer_p_safe"]) for s in samples]).to(device)
+            risk_B = torch.cat([example_risk(sample) for sample in samples]).to(device)
             total = self.accelerator.reduce(torch.stack([risk_B.sum(), risk_B.new_tensor(float(len(risk_B)))]))
             risk, ema = float(total[0] / total[1]), float(self.policy.parameters.get("ema", 0.0))
             # The first batch starts the average: the paper gives no initial value.
@@ -165,70 +184,133 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
             self._batch_risk = self._risk_ema if ema else risk
         return samples, num_items
 
+    # -- reference ------------------------------------------------------------------------------------------------
+
+    def _choose(self, spec: str | nn.Module) -> str:
+        """Settle what `reference` means; live references are built here, stored states when training starts."""
+        base = causal_model(self.model)
+        size = torch.float32.itemsize if self._cache_dtype == "float32" else base.dtype.itemsize
+        states = sum(self._tokens_per_row) * int(base.config.get_text_config().hidden_size) * size
+        rows = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else 0
+        per_update = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        given_steps = self.args.max_steps > 0 and rows > 0
+        chosen = choose_reference(
+            spec,
+            self.model,
+            epochs=self.args.max_steps * per_update / rows if given_steps else self.args.num_train_epochs,
+            cache_bytes=None if self._streams else states,
+            free_bytes=shutil.disk_usage(existing_parent(self._cache_dir)).free,
+        )
+        if chosen == "cached":
+            if isinstance(self.model, PeftModel):
+                refuse_trained_biases(self.model)
+            return chosen
+        self.reference = make_reference(chosen, self.model)
+        if isinstance(self.reference, Frozen):
+            self.reference.model.to(self.args.device)
+        return self.reference.kind
+
+    @property
+    def _sharded(self) -> bool:
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _open_store(self) -> None:
+        """Find or begin the store of the reference's states, from weights that are still whole."""
+        if self.reference_kind != "cached" or self.reference is not None:
+            return
+        cache = open_cache(
+            self._cache_dir,
+            self.model,
+            data_hash=str(self._data["sha256"]) + str(len(self._tokens_per_row)),
+            tokens_per_row=self._tokens_per_row,
+            dtype=self._cache_dtype,
+            accelerator=self.accelerator,
+        )
+        self.reference = Cached(cache=cache, frozen_head=frozen_head(cache, self.model, self.args.device))
+
+    def _start(self) -> None:
+        """Once, before the first step: fill the store, look at the head, verify the reference."""
+        if self._started:
+            return
+        self._started = True
+        model = self.model_wrapped if self._sharded else self.model
+        resumed = self._sharded and self.state.global_step > 0
+        if isinstance(self.reference, Cached):
+            if resumed and self.reference.cache.missing() and self.reference.frozen_head is not None:
+                raise ValueError(f"cannot resume: the reference's states are not in {self.reference.cache.folder}")
+            self._fill(self.reference, model)
+        rows = [row for row, _ in zip(self.train_dataset, range(2), strict=False)]
+        batch = self._micro_batch(self.data_collator(rows))
+        if self.loss_head != "dense":
+            problem = verify_head(model, batch)
+            if problem is not None and self.loss_head == "fused":
+                raise RuntimeError(problem)
+            if problem is not None:
+                logger.warning("full logits are built, because %s", problem)
+            self.loss_head = "fused" if problem is None else "dense"
+        if self.reference is not None and not resumed:
+            verify_reference(self.reference, model, batch, unwrapped=self.model, disturb=not self.is_deepspeed_enabled)
+
+    def _fill(self, reference: Cached, model: nn.Module) -> None:
+        def run(inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+            batch = self._micro_batch(inputs)
+            if reference.frozen_head is None:
+                states_NH = reference.live.hidden(model, self.model, batch)
+            else:
+                with torch.no_grad(), evaluation_mode(model), self.accelerator.autocast():
+                    states_NH = hidden_states(model, batch)
+            if batch.cache_index_N is None:
+                raise ValueError("the data carries no places in the store")
+            return batch.cache_index_N, states_NH
+
+        fill(reference.cache, self._numbered, collate=self.data_collator, run=run, accelerator=self.accelerator)
+
+    def _micro_batch(self, inputs: Mapping[str, Any]) -> MicroBatch:
+        return micro_batch(self._prepare_inputs(dict(inputs)))
+
     # -- loss -----------------------------------------------------------------------------------------------------
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The shaped loss of one micro-batch, divided by the response tokens of the whole optimisation batch."""
-        labels_BT, p_safe_BT = inputs["labels"][:, 1:], inputs["p_safe"][:, 1:]
-        forward = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-        outputs = model(**forward, use_cache=False)
-        logits_BTV = outputs.logits[:, :-1]
-        ref_logits_BTV = None
-        if self.reference is not None:
-            unwrapped = self.accelerator.unwrap_model(model)
-            with self.accelerator.autocast():
-                ref_logits_BTV = self.reference.logits(model, unwrapped, forward)[:, :-1]
-        weights = self._weights(logits_BTV, ref_logits_BTV, labels_BT, p_safe_BT, inputs["answer_p_safe"][:, 1:])
-        counted_BT = labels_BT != IGNORE
-        out = shaped_loss(
-            logits_BTV,
-            ref_logits_BTV,
-            labels_BT,
-            weights,
-            divergence=self.policy.divergence,
-            num_tokens=counted_BT.sum() if num_items_in_batch is None else num_items_in_batch,
+        batch = micro_batch(inputs)
+        objective = Objective(
+            policy=self.policy,
+            reference=self.reference,
+            batch_risk=self._batch_risk,
+            num_tokens=batch.counted_BT.sum() if num_items_in_batch is None else num_items_in_batch,
         )
-        self._record(out, weights, counted_BT, p_safe_BT)
+        step_of = dense_step if self.loss_head == "dense" else fused_step
+        with self.accelerator.autocast():
+            step = step_of(model, self.accelerator.unwrap_model(model), batch, objective)
+        self._record(step, batch)
         if self.model.training:
-            self._total_train_tokens += int(self.accelerator.reduce(inputs["attention_mask"].sum()))
-        loss = out.loss
+            seen = (
+                inputs["attention_mask"].sum()
+                if "attention_mask" in inputs
+                else inputs["position_ids"].new_tensor(inputs["position_ids"].numel())
+            )
+            self._total_train_tokens += int(self.accelerator.reduce(seen))
+        loss = step.out.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # N counts the tokens of every rank, while data parallelism averages the gradients over ranks.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        return (loss, outputs) if return_outputs else loss
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, model(**batch.forward, use_cache=False)
 
-    def _weights(
-        self,
-        logits_BTV: torch.Tensor,
-        ref_logits_BTV: torch.Tensor | None,
-        labels_BT: torch.Tensor,
-        p_safe_BT: torch.Tensor,
-        answer_p_safe_BT: torch.Tensor,
-    ) -> Weights:
-        log_ratio_BT = torch.zeros_like(p_safe_BT)
-        if self.policy.needs_log_ratio and ref_logits_BTV is not None:
-            counted_BT = labels_BT != IGNORE
-            labels_M = labels_BT[counted_BT]
-            logp_M = label_logp(log_softmax(logits_BTV.detach()[counted_BT]), labels_M)
-            ref_logp_M = label_logp(log_softmax(ref_logits_BTV[counted_BT]), labels_M)
-            log_ratio_BT[counted_BT] = (logp_M - ref_logp_M).to(log_ratio_BT)
-        batch = Batch(
-            answer_p_safe_BT=answer_p_safe_BT,
-            position_BT=response_position(labels_BT),
-            log_ratio_BT=log_ratio_BT,
-            batch_risk=self._batch_risk,
-        )
-        weights = self.policy(p_safe_BT, batch)
-        for name, weight_BT in (("ce", weights.ce_BT), ("kl", weights.kl_BT)):
-            if not bool(torch.isfinite(weight_BT).all()):
-                raise ValueError(f"policy {self.policy.name!r} gave a {name} weight that is not a finite number")
-        return weights
+    def evaluate(self, *arguments: Any, **kwargs: Any) -> dict[str, float]:
+        """As in TRL; before training, the reference is made ready first."""
+        self._open_store()
+        if not self._sharded:
+            self._start()
+        return dict(super().evaluate(*arguments, **kwargs))
 
     def prediction_step(
         self,
@@ -238,23 +320,25 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, Any, Any]:
         """One evaluation batch; in batch scope its own mean risk stands for the optimisation batch."""
-        self._batch_risk = float(example_risk(inputs["labels"], inputs["answer_p_safe"]).mean())
+        self._batch_risk = float(example_risk(inputs).mean())
         step: tuple[torch.Tensor, Any, Any] = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         return step
 
     # -- logs -----------------------------------------------------------------------------------------------------
 
-    def _record(self, out: LossOutput, weights: Weights, counted_BT: torch.Tensor, p_safe_BT: torch.Tensor) -> None:
-        count = counted_BT.sum()
-        bins_M = ((1 - p_safe_BT[counted_BT]) * RISK_BINS).long().clamp(max=RISK_BINS - 1)
+    def _record(self, step: Step, batch: MicroBatch) -> None:
+        p_safe_N, metrics, weights = batch.p_safe_BT[batch.counted_BT], step.out.metrics, step.weights
+        bins_N = ((1 - p_safe_N) * RISK_BINS).long().clamp(max=RISK_BINS - 1)
         sums = {
-            "tokens": count.float(),
-            "ce": out.metrics["ce"] * count,
-            "kl": out.metrics["kl"] * count,
-            "ce_weight": weights.ce_BT[counted_BT].sum(),
-            "kl_weight": weights.kl_BT[counted_BT].sum(),
+            "tokens": torch.as_tensor(float(len(p_safe_N)), device=p_safe_N.device),
+            "ce_tokens": metrics["ce_tokens"].float(),
+            "kl_tokens": metrics["kl_tokens"].float(),
+            "ce": metrics["ce"] * metrics["ce_tokens"],
+            "kl": metrics["kl"] * metrics["kl_tokens"],
+            "ce_weight": weights.ce_BT.sum(),
+            "kl_weight": weights.kl_BT.sum(),
         }
-        sums |= {f"risk_hist/{b / RISK_BINS:.1f}": (bins_M == b).sum().float() for b in range(RISK_BINS)}
+        sums |= {f"risk_hist/{b / RISK_BINS:.1f}": (bins_N == b).sum().float() for b in range(RISK_BINS)}
         mode = "train" if self.model.training else "eval"
         for name, value in sums.items():
             self._sums[mode][name] = self._sums[mode].get(name, 0.0) + value.detach()
@@ -263,9 +347,10 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         """Add the token-weighted means since the last log."""
         mode = "train" if self.model.training else "eval"
         sums = {name: float(self.accelerator.reduce(value)) for name, value in self._sums[mode].items()}
-        tokens = max(sums.pop("tokens", 0.0), 1.0)
+        tokens = {name: max(sums.pop(f"{name}tokens", 0.0), 1.0) for name in ("", "ce_", "kl_")}
         prefix = "eval_" if mode == "eval" else ""
-        logs.update({prefix + name: value / tokens for name, value in sums.items()})
+        for name, value in sums.items():
+            logs[prefix + name] = value / tokens.get(f"{name}_", tokens[""])
         if mode == "train":
             logs["skipped_updates"] = self.floor.skipped / max(self.floor.updates, 1)
             logs["num_tokens"] = self._total_train_tokens
@@ -286,23 +371,16 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
             state = check_resume(Path(checkpoint), self.record())
             self._risk_ema = state["risk_ema"]
             self.floor.updates, self.floor.skipped = state["updates"], state["skipped"]
-        if self.reference is not None and self.state.global_step == 0:
-            self._verify_reference()
+        self._open_store()
+        if not self._sharded:
+            self._start()
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
-
-    def _verify_reference(self) -> None:
-        if self.reference is None:
-            return
-        rows = [row for row, _ in zip(self.train_dataset, range(2), strict=False)]
-        batch = self._prepare_inputs(self.data_collator(rows))
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        verify_reference(self.reference, self.model, inputs)
 
     def record(self) -> dict[str, Any]:
         """What `safeshape.json` says about this run."""
         return run_record(
             policy=self.policy,
-            reference=None if self.reference is None else self.reference.kind,
+            reference=self.reference_kind,
             signals=self._signals,
             data=self._data,
             model=self.model,
@@ -313,18 +391,3 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         super()._save(output_dir, state_dict)
         path = Path(output_dir or self.args.output_dir) / RECORD
         path.write_text(json.dumps(self.record(), indent=2) + "\n")
-
-
-def refuse_unsupported(args: SFTConfig) -> None:
-    """Errors: ValueError that names the first setting SafeTrainer cannot honour."""
-    refused = {
-        "packing=True": args.packing,
-        "padding_free=True": args.padding_free,
-        f"loss_type={args.loss_type!r}": args.loss_type != "nll",
-        f"label_smoothing_factor={args.label_smoothing_factor}": args.label_smoothing_factor > 0,
-        "completion_only_loss=False": args.completion_only_loss is False,
-        "activation_offloading=True": args.activation_offloading,
-    }
-    for setting, is_set in refused.items():
-        if is_set:
-            raise ValueError(f"SafeTrainer does not support {setting}")

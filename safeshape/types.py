@@ -37,6 +37,24 @@ class Weights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What one forward and its loss need. `[:, t]` of the BT tensors speaks of the token predicted at position t.
+
+    `forward`: what the model is called with. `counted_BT`: the N response tokens. `position_BT`: 1 for the first
+    response token of a turn, 2 for the next, 0 elsewhere. `cache_index_N`: where the reference's hidden states of the
+    counted tokens are stored; None for rows that are not in the store.
+    """
+
+    forward: dict[str, Any]
+    labels_BT: torch.Tensor
+    counted_BT: torch.Tensor
+    p_safe_BT: torch.Tensor
+    answer_p_safe_BT: torch.Tensor
+    position_BT: torch.Tensor
+    cache_index_N: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossOutput:
     """A differentiable scalar `loss` and detached scalar tensors by name.
 

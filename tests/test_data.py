@@ -165,7 +165,7 @@ def test_collator_pads_scores_beside_labels(tokenizer):
     batch = ShapedCollator(DataCollatorForLanguageModeling(pad_token_id=0))(rows)
     assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 6, -100]]
     assert batch["p_safe"].tolist() == [[0.0, 0.5, 0.25], [0.0, 1.0, 0.0]]
-    assert example_risk(batch["labels"], batch["answer_p_safe"]).tolist() == [0.75, 0.0]
+    assert example_risk(batch).tolist() == [0.75, 0.0]
 
 
 def test_position_counts_from_one_in_each_turn():

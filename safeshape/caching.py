@@ -1,0 +1,160 @@
+"""Writing the reference's final hidden states for a dataset, before training and in any number of processes.
+
+Shape suffixes: N response tokens, H hidden size.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, concatenate_datasets
+from peft import PeftModel
+from torch import nn
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from safeshape.models.head import Head, head_settings, read_head
+from safeshape.models.reference import causal_model
+from safeshape.models.states import Shard, StateCache, batches_by_length
+from safeshape.types import IGNORE
+
+logger = logging.getLogger("safeshape")
+BATCH_TOKENS = 4096  # of one forward while the states are written
+
+
+def index_tokens(dataset: Dataset, first: int) -> tuple[Dataset, list[int]]:
+    """Number the response tokens of a dataset from `first` on, in a column `cache_index`; -1 for other tokens.
+
+    Returns the dataset and the response tokens of each row. The column travels with the tokens, through truncation,
+    packing, shuffling and padding.
+    """
+    tokens: list[int] = []
+    for batch in dataset.select_columns(["labels"]).with_format("numpy").iter(batch_size=1000):
+        tokens += [int((np.asarray(labels)[1:] != IGNORE).sum()) for labels in batch["labels"]]
+    starts = [first, *(first + np.cumsum(tokens)).tolist()]
+
+    def number(labels: list[int], row: int) -> dict[str, list[int]]:
+        counted = np.array(labels) != IGNORE
+        counted[0] = False
+        return {"cache_index": np.where(counted, starts[row] + counted.cumsum() - 1, -1).tolist()}
+
+    return dataset.map(number, with_indices=True, input_columns=["labels"], desc="Numbering response tokens"), tokens
+
+
+def model_hash(model: nn.Module) -> str:
+    """SHA-256 over the names and bytes of the weights the reference is made of: all, or those under an adapter."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if isinstance(model, PeftModel) and parameter.requires_grad:
+            continue
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def agreed(accelerator: Accelerator, make: Callable[[], str]) -> str:
+    """What the main process makes, in every process."""
+    found = [make() if accelerator.is_main_process else ""]
+    return str(broadcast_object_list(found)[0])
+
+
+def open_cache(
+    folder: Path,
+    model: nn.Module,
+    *,
+    data_hash: str,
+    tokens_per_row: Sequence[int],
+    dtype: str,
+    accelerator: Accelerator,
+) -> StateCache:
+    """The store for this data and this starting model; its own head, where training will move it, lies beside it.
+
+    `dtype`: auto (the model's), float32, bfloat16 or float16. Every process gets the same store.
+    """
+    base = causal_model(model)
+    name = str(base.dtype).removeprefix("torch.") if dtype == "auto" else dtype
+    hidden = int(base.config.get_text_config().hidden_size)
+    key = agreed(accelerator, lambda: hashlib.sha256(f"{data_hash} {model_hash(model)} {name}".encode()).hexdigest())
+    cache = StateCache(folder, key=key, tokens_per_row=tokens_per_row, hidden=hidden, dtype=name)
+    if accelerator.is_main_process:
+        cache.prepare()
+        if not isinstance(model, PeftModel) and cache.read_head() is None:
+            layer = base.get_output_embeddings()
+            with torch.no_grad(), maybe_gather_lm_head_ctx(layer.weight, layer.bias):
+                head = read_head(base)
+                bias = {} if head.bias_V is None else {"bias": head.bias_V}
+                cache.write_head({"weight": head.weight_VH, **bias})
+    accelerator.wait_for_everyone()
+    return cache
+
+
+def frozen_head(cache: StateCache, model: nn.Module, device: torch.device) -> Head | None:
+    """The starting model's own head from the store; None where it stays frozen under an adapter."""
+    if isinstance(model, PeftModel):
+        return None
+    stored = cache.read_head()
+    if stored is None:
+        raise OSError(f"no head is stored in {cache.folder}; all processes must see that folder")
+    scale, softcap = head_settings(causal_model(model))
+    bias = stored["bias"].to(device) if "bias" in stored else None
+    return Head(weight_VH=stored["weight"].to(device), bias_V=bias, scale=scale, softcap=softcap)
+
+
+def fill(
+    cache: StateCache,
+    datasets: Sequence[Dataset],
+    *,
+    collate: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
+    run: Callable[[Mapping[str, Any]], tuple[torch.Tensor, torch.Tensor]],
+    accelerator: Accelerator,
+) -> None:
+    """Compute and store the shards that are missing, shared out among the processes.
+
+    `run`: a collated batch to (places N, states NH). Every process makes the same number of calls, as sharded models
+    need. Errors: OSError when a shard is not there afterwards (the folder must be one that all processes see).
+    """
+    data = concatenate_datasets(list(datasets))
+    lengths = [len(ids) for batch in data.select_columns(["input_ids"]).iter(1000) for ids in batch["input_ids"]]
+    missing = cache.missing()
+    accelerator.wait_for_everyone()
+    if not missing:
+        return
+    logger.info("writing %s bytes of reference states to %s", f"{cache.bytes:,}", cache.folder)
+    plans = {s.number: list(batches_by_length(range(s.first_row, s.last_row), lengths, BATCH_TOKENS)) for s in missing}
+    shares = [missing[rank :: accelerator.num_processes] for rank in range(accelerator.num_processes)]
+    calls = max(sum(len(plans[shard.number]) for shard in share) for share in shares)
+    for shard in shares[accelerator.process_index]:
+        cache.write(shard, _states(cache, shard, plans[shard.number], data, collate, run))
+        calls -= len(plans[shard.number])
+    for _ in range(calls):
+        run(collate([data[0]]))
+    accelerator.wait_for_everyone()
+    if cache.missing():
+        raise OSError(
+            f"{len(cache.missing())} shards are missing in {cache.folder}; all processes must see that folder"
+        )
+
+
+def _states(
+    cache: StateCache,
+    shard: Shard,
+    plan: list[list[int]],
+    data: Dataset,
+    collate: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
+    run: Callable[[Mapping[str, Any]], tuple[torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:
+    states_NH = torch.zeros(shard.end - shard.start, cache.hidden, dtype=cache.dtype)
+    for rows in plan:
+        places_N, found_NH = run(collate([data[row] for row in rows]))
+        states_NH[places_N.cpu() - shard.start] = found_NH.detach().to(cache.dtype).cpu()
+    return states_NH
+
+
+def existing_parent(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists: where free space can be asked for."""
+    return next(path for path in (folder, *folder.resolve().parents) if path.exists())

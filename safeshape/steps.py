@@ -1,0 +1,142 @@
+"""One micro-batch: reference pass, policy pass, weights, loss. It knows policies and references by their form only.
+
+Shape suffixes: B rows, T predicted tokens, N response tokens, H hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from safeshape.kernels import fused_label_logp, fused_shaped_loss
+from safeshape.losses import label_logp, log_softmax, shaped_loss
+from safeshape.models import Head, Reference, read_head
+from safeshape.models.reference import counted_logits
+from safeshape.policies import Batch, Policy
+from safeshape.types import LossOutput, MicroBatch, Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The loss of a micro-batch and the weights of its counted tokens, both of shape (N,)."""
+
+    out: LossOutput
+    weights: Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What stays the same from step to step but for the risk of the optimisation batch and its N."""
+
+    policy: Policy
+    reference: Reference | None
+    batch_risk: float
+    num_tokens: int | torch.Tensor
+
+
+def policy_weights(objective: Objective, batch: MicroBatch, log_ratio_N: torch.Tensor | None) -> Weights:
+    """The policy's weights for the counted tokens, shape (N,).
+
+    Errors: ValueError when one is not a finite number.
+    """
+    log_ratio_BT = torch.zeros_like(batch.p_safe_BT)
+    if log_ratio_N is not None:
+        log_ratio_BT[batch.counted_BT] = log_ratio_N.to(log_ratio_BT)
+    known = Batch(
+        answer_p_safe_BT=batch.answer_p_safe_BT,
+        position_BT=batch.position_BT,
+        log_ratio_BT=log_ratio_BT,
+        batch_risk=objective.batch_risk,
+    )
+    weights = objective.policy(batch.p_safe_BT, known)
+    ce_N, kl_N = weights.ce_BT[batch.counted_BT], weights.kl_BT[batch.counted_BT]
+    for name, weight_N in (("ce", ce_N), ("kl", kl_N)):
+        if not bool(torch.isfinite(weight_N).all()):
+            raise ValueError(f"policy {objective.policy.name!r} gave a {name} weight that is not a finite number")
+    return Weights(ce_BT=ce_N, kl_BT=kl_N)
+
+
+def dense_step(model: nn.Module, unwrapped: nn.Module, batch: MicroBatch, objective: Objective) -> Step:
+    """Full logits of both models: the readable truth, and the way for models whose head cannot be read."""
+    labels_N = batch.labels_BT[batch.counted_BT]
+    ref_logits_NV = None
+    if objective.reference is not None:
+        ref_logits_NV = objective.reference.logits(model, unwrapped, batch)
+    logits_NV = counted_logits(model, batch)
+    log_ratio_N = None
+    if objective.policy.needs_log_ratio and ref_logits_NV is not None:
+        logp_N = label_logp(log_softmax(logits_NV.detach()), labels_N)
+        log_ratio_N = logp_N - label_logp(log_softmax(ref_logits_NV), labels_N)
+    weights = policy_weights(objective, batch, log_ratio_N)
+    out = shaped_loss(
+        logits_NV[None],
+        None if ref_logits_NV is None else ref_logits_NV[None],
+        labels_N[None],
+        Weights(ce_BT=weights.ce_BT[None], kl_BT=weights.kl_BT[None]),
+        divergence=objective.policy.divergence,
+        num_tokens=objective.num_tokens,
+    )
+    return Step(out=out, weights=weights)
+
+
+def fused_step(model: nn.Module, unwrapped: nn.Module, batch: MicroBatch, objective: Objective) -> Step:
+    """The same loss from hidden states: response tokens are projected in pieces, inside the model's forward."""
+    ref_hidden_NH = None
+    if objective.reference is not None:
+        ref_hidden_NH = objective.reference.hidden(model, unwrapped, batch)
+
+    def shaped(causal: PreTrainedModel, hidden_BTH: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden_NH = hidden_BTH[:, :-1][batch.counted_BT]
+        layer = causal.get_output_embeddings()
+        with maybe_gather_lm_head_ctx(layer.weight, layer.bias):
+            ref_head = None if objective.reference is None else objective.reference.head(unwrapped, causal)
+            return _fused(batch, objective, hidden_NH, read_head(causal), ref_hidden_NH, ref_head)
+
+    found = model(**batch.forward, shaped=shaped)
+    names = ("ce", "kl", "ce_tokens", "kl_tokens")
+    return Step(
+        out=LossOutput(loss=found["loss"], metrics={name: found[name] for name in names}),
+        weights=Weights(ce_BT=found["ce_weight"], kl_BT=found["kl_weight"]),
+    )
+
+
+def _fused(
+    batch: MicroBatch,
+    objective: Objective,
+    hidden_NH: torch.Tensor,
+    head: Head,
+    ref_hidden_NH: torch.Tensor | None,
+    ref_head: Head | None,
+) -> dict[str, torch.Tensor]:
+    labels_N = batch.labels_BT[batch.counted_BT]
+    log_ratio_N = None
+    if objective.policy.needs_log_ratio and ref_hidden_NH is not None and ref_head is not None:
+        log_ratio_N = _logp(hidden_NH, head, labels_N) - _logp(ref_hidden_NH, ref_head, labels_N)
+    weights = policy_weights(objective, batch, log_ratio_N)
+    if ref_head is None or not bool(weights.kl_BT.any()):
+        ref_hidden_NH, ref_head = None, None
+    out = fused_shaped_loss(
+        hidden_NH,
+        head.weight_VH,
+        ref_hidden_NH,
+        None if ref_head is None else ref_head.weight_VH,
+        labels_N,
+        weights,
+        divergence=objective.policy.divergence,
+        num_tokens=objective.num_tokens,
+        bias=head.bias_V,
+        ref_bias=None if ref_head is None else ref_head.bias_V,
+        logit_scale=head.scale,
+        softcap=head.softcap,
+        ref_logit_scale=None if ref_head is None else ref_head.scale,
+        ref_softcap=None if ref_head is None else ref_head.softcap,
+    )
+    return {"loss": out.loss, **out.metrics, "ce_weight": weights.ce_BT, "kl_weight": weights.kl_BT}
+
+
+def _logp(hidden_NH: torch.Tensor, head: Head, labels_N: torch.Tensor) -> torch.Tensor:
+    return fused_label_logp(
+        hidden_NH, head.weight_VH, labels_N, bias=head.bias_V, logit_scale=head.scale, softcap=head.softcap
+    )
