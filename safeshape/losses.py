@@ -2,7 +2,8 @@
 
     L = (1/N) * sum_t [ ce_t * CE_t + kl_t * D_t ]
 
-Shape suffixes: B rows, T predicted tokens, V vocabulary, M tokens of the batch whose label counts.
+Shape suffixes: B rows, T predicted tokens, V vocabulary, S its rows that policy and reference share, M
+tokens that are used (their label counts and one of their weights is not zero), K those of them with a kl weight.
 """
 
 from collections.abc import Callable
@@ -56,6 +57,15 @@ def log_softmax(logits: torch.Tensor) -> torch.Tensor:
     return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
+def check_shared(labels_M: torch.Tensor, divergence: Divergence, shared: int) -> None:
+    """Errors: ValueError if a divergence at the label token is asked for a label that the reference has no row for."""
+    if divergence in ("k2", "k3") and bool((labels_M >= shared).any()):
+        raise ValueError(
+            f"divergence {divergence!r} needs the reference's probability of label {int(labels_M.max())}, but the two "
+            f"heads share only {shared} rows"
+        )
+
+
 def shaped_loss(
     logits_BTV: torch.Tensor,
     ref_logits_BTV: torch.Tensor | None,
@@ -70,8 +80,12 @@ def shaped_loss(
     Shapes: `logits_BTV[:, t]` predicts `labels_BT[:, t]` (the caller shifts); labels of -100 are ignored, whatever
     their weights. `num_tokens` is N, the response tokens of the whole optimisation batch: all ranks, all accumulation
     steps; both terms are divided by it. `ref_logits_BTV` may be None where no divergence is wanted.
-    Units: nats. `metrics["ce"]` and `metrics["kl"]` are unweighted means over this batch's counted tokens.
-    Errors: ValueError for an unknown divergence, shapes that do not match, or kl weights without reference logits.
+    Vocabularies padded to different sizes share their first min(V, V_ref) rows. The divergence compares the two
+    distributions on those rows, each renormalised over them; the cross-entropy is over all of the policy's rows, as
+    in plain fine-tuning.
+    Units: nats. The metrics are those that `LossOutput` names, over this batch.
+    Errors: ValueError for an unknown divergence, shapes that do not match, kl weights without reference logits, or a
+    label outside the shared rows where the divergence is read at the label (`k2`, `k3`).
     Source: STAR-DSS eq. 3 and adaptive regularisation, both as instances of one weighted sum.
     """
     if divergence not in DIVERGENCES:
@@ -79,23 +93,37 @@ def shaped_loss(
     for name, tensor in (("labels", labels_BT), ("ce weights", weights.ce_BT), ("kl weights", weights.kl_BT)):
         if tensor.shape != logits_BTV.shape[:2]:
             raise ValueError(f"{name} have shape {tuple(tensor.shape)}, logits {tuple(logits_BTV.shape)}")
-    counted_BT = labels_BT != IGNORE
-    labels_M = labels_BT[counted_BT]
-    logp_MV = log_softmax(logits_BTV[counted_BT])
-    ce_weight_M, kl_weight_M = weights.ce_BT[counted_BT].to(logp_MV), weights.kl_BT[counted_BT].to(logp_MV)
-    ce_M = -label_logp(logp_MV, labels_M)
-    total = (ce_weight_M * ce_M).sum()
-    divergence_M = torch.zeros_like(ce_M)
+    used_BT = (labels_BT != IGNORE) & ((weights.ce_BT != 0) | (weights.kl_BT != 0))
+    held_BT = used_BT & (weights.kl_BT != 0)
+    labels_M = labels_BT[used_BT]
+    logits_MV = logits_BTV[used_BT]
+    ce_M = -label_logp(log_softmax(logits_MV), labels_M)
+    total = (weights.ce_BT[used_BT].to(ce_M) * ce_M).sum()
+    divergence_K = ce_M.new_zeros(0)
     if ref_logits_BTV is not None:
-        ref_logp_MV = log_softmax(ref_logits_BTV[counted_BT].detach())
-        divergence_M = DIVERGENCES[divergence](logp_MV, ref_logp_MV, labels_M)
-        total = total + (kl_weight_M * divergence_M).sum()
-    elif bool(kl_weight_M.any()):
+        shared = min(logits_BTV.shape[-1], ref_logits_BTV.shape[-1])
+        check_shared(labels_BT[held_BT], divergence, shared)
+        logp_KS = log_softmax(logits_BTV[held_BT][:, :shared])
+        ref_logp_KS = log_softmax(ref_logits_BTV[held_BT][:, :shared].detach()).to(logp_KS)
+        divergence_K = DIVERGENCES[divergence](logp_KS, ref_logp_KS, labels_BT[held_BT])
+        total = total + (weights.kl_BT[held_BT].to(divergence_K) * divergence_K).sum()
+    elif bool(held_BT.any()):
         raise ValueError("kl weights are not zero, but there are no reference logits")
-    count = counted_BT.sum().clamp(min=1)
     # An empty optimisation batch is a zero loss with a graph, not 0/0.
     loss = total / torch.as_tensor(num_tokens, device=total.device).clamp(min=1)
     return LossOutput(
-        loss=loss,
-        metrics={"ce": ce_M.detach().sum() / count, "kl": divergence_M.detach().sum() / count},
+        loss=loss, metrics=mean_metrics(ce_M.detach().sum(), divergence_K.detach().sum(), used_BT, held_BT)
     )
+
+
+def mean_metrics(
+    ce_sum: torch.Tensor, kl_sum: torch.Tensor, used: torch.Tensor, held: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The metrics of `LossOutput` from sums over tokens; `used` and `held` mark the tokens each sum is over."""
+    ce_tokens, kl_tokens = used.sum(), held.sum()
+    return {
+        "ce": ce_sum / ce_tokens.clamp(min=1),
+        "kl": kl_sum / kl_tokens.clamp(min=1),
+        "ce_tokens": ce_tokens,
+        "kl_tokens": kl_tokens,
+    }

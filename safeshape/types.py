@@ -58,7 +58,8 @@ class MicroBatch:
 class LossOutput:
     """A differentiable scalar `loss` and detached scalar tensors by name.
 
-    `metrics` holds `ce` and `kl`, the *unweighted* mean cross-entropy and divergence in nats per counted token.
+    `metrics` holds *unweighted* means in nats: `ce` over the tokens with any non-zero weight, `kl` over those with a
+    non-zero kl weight, and `ce_tokens` and `kl_tokens`, how many those are. A mean over no token is 0.
     """
 
     loss: torch.Tensor
