@@ -20,7 +20,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from safeshape.models.head import Head, head_settings, read_head
 from safeshape.models.reference import causal_model
-from safeshape.models.states import Shard, StateCache, batches_by_length
+from safeshape.models.states import SHARD_BYTES, Shard, StateCache, batches_by_length
 from safeshape.types import IGNORE
 
 logger = logging.getLogger("safeshape")
@@ -80,7 +80,9 @@ def open_cache(
     name = str(base.dtype).removeprefix("torch.") if dtype == "auto" else dtype
     hidden = int(base.config.get_text_config().hidden_size)
     key = agreed(accelerator, lambda: hashlib.sha256(f"{data_hash} {model_hash(model)} {name}".encode()).hexdigest())
-    cache = StateCache(folder, key=key, tokens_per_row=tokens_per_row, hidden=hidden, dtype=name)
+    cache = StateCache(
+        folder, key=key, tokens_per_row=tokens_per_row, hidden=hidden, dtype=name, shard_bytes=SHARD_BYTES
+    )
     if accelerator.is_main_process:
         cache.prepare()
         if not isinstance(model, PeftModel) and cache.read_head() is None:

@@ -85,7 +85,13 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
     ) -> None:
         self.policy: Policy = resolve_policy(policy)
         self.overlong, self.loss_head = overlong, loss_head
-        refuse_arguments(overlong, loss_head, data_collator, kwargs)
+        refuse_arguments(
+            overlong=overlong,
+            loss_head=loss_head,
+            cache_dtype=cache_dtype,
+            data_collator=data_collator,
+            others=kwargs,
+        )
         if args is not None:
             refuse_unsupported(args)
         if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:

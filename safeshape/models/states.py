@@ -59,7 +59,7 @@ class StateCache:
         tokens_per_row: Sequence[int],
         hidden: int,
         dtype: str,
-        shard_bytes: int = SHARD_BYTES,
+        shard_bytes: int,
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"cache_dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
