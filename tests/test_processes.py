@@ -1,0 +1,65 @@
+"""Two gloo processes on a CPU, data parallel and fully sharded, give the losses of one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from safeshape.policies import POLICIES
+
+TESTS = Path(__file__).parent
+RECIPES = TESTS.parent / "recipes" / "accelerate"
+SPECS = [
+    *({"policy": name, "reference": "copy", "lora": False} for name in sorted(POLICIES)),
+    {"policy": {"name": "adaptive", "scope": "batch", "ema": 0.5}, "reference": "cached", "lora": False},
+    *({"policy": "fixed_kl", "reference": kind, "lora": True} for kind in ("adapter_off", "copy", "cached")),
+    {"policy": "star", "reference": "adapter_off", "lora": True},
+    {"policy": "constrained", "reference": "cached", "lora": False},
+]
+
+
+def launch(folder, *launcher):
+    folder.mkdir()
+    (folder / "specs.json").write_text(json.dumps(SPECS))
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    done = subprocess.run(
+        [*launcher, str(TESTS / "worker.py"), str(folder), str(folder / "specs.json")],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("alone") / "run", sys.executable)
+
+
+def for_two_cpus(recipe, folder):
+    """The shipped configuration with what this machine is: two CPU processes, single precision."""
+    settings = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
+    settings |= {"use_cpu": True, "num_processes": 2, "mixed_precision": "no"}
+    path = folder / "accelerate.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.mark.parametrize(("recipe", "wrapper"), [("ddp", "DistributedDataParallel"), ("fsdp2", "FSDP")])
+def test_two_processes_equal_one(tmp_path, alone, recipe, wrapper):
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
+    together = launch(tmp_path / "run", *accelerate, "--config_file", str(for_two_cpus(recipe, tmp_path)))
+    for spec, one, two in zip(SPECS, alone, together, strict=True):
+        assert (one["processes"], two["processes"], two["head"]) == (1, 2, "fused")
+        assert two["wrapped"].startswith(wrapper)
+        for name in ("loss", "kl", "kl_weight", "num_tokens"):
+            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), (spec, name)
+        if spec["reference"] == "cached":
+            assert one["shards"] == two["shards"] > 2
