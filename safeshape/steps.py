@@ -17,6 +17,8 @@ from safeshape.models.reference import counted_logits
 from safeshape.policies import Batch, Policy
 from safeshape.types import LossOutput, MicroBatch, Weights
 
+RISK_BINS = 5  # of the logged histogram
+
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
@@ -140,3 +142,20 @@ def _logp(hidden_NH: torch.Tensor, head: Head, labels_N: torch.Tensor) -> torch.
     return fused_label_logp(
         hidden_NH, head.weight_VH, labels_N, bias=head.bias_V, logit_scale=head.scale, softcap=head.softcap
     )
+
+
+def token_sums(step: Step, batch: MicroBatch) -> dict[str, torch.Tensor]:
+    """Sums over the counted tokens of what is logged, and the counts that make means of them, all detached."""
+    p_safe_N, metrics, weights = batch.p_safe_BT[batch.counted_BT], step.out.metrics, step.weights
+    bins_N = ((1 - p_safe_N) * RISK_BINS).long().clamp(max=RISK_BINS - 1)
+    sums = {
+        "tokens": torch.as_tensor(float(len(p_safe_N)), device=p_safe_N.device),
+        "ce_tokens": metrics["ce_tokens"].float(),
+        "kl_tokens": metrics["kl_tokens"].float(),
+        "ce": metrics["ce"] * metrics["ce_tokens"],
+        "kl": metrics["kl"] * metrics["kl_tokens"],
+        "ce_weight": weights.ce_BT.sum(),
+        "kl_weight": weights.kl_BT.sum(),
+    }
+    bins = {f"risk_hist/{b / RISK_BINS:.1f}": (bins_N == b).sum().float() for b in range(RISK_BINS)}
+    return {name: value.detach() for name, value in (sums | bins).items()}

@@ -37,11 +37,10 @@ from safeshape.policies import Policy, PolicyFunction, resolve_policy
 from safeshape.provenance import RECORD, check_resume, data_summary, last_complete_checkpoint, run_record, signals_of
 from safeshape.refusals import refuse_arguments, refuse_model, refuse_unsupported
 from safeshape.signals.align import COLUMNS, prepare
-from safeshape.steps import Objective, Step, dense_step, fused_step
+from safeshape.steps import Objective, Step, dense_step, fused_step, token_sums
 from safeshape.types import MicroBatch
 
 logger = logging.getLogger("safeshape")
-RISK_BINS = 5
 
 
 class SafeTrainer(SFTTrainer):  # type: ignore[misc]
@@ -239,7 +238,10 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         if self._started:
             return
         self._started = True
-        model = self.model_wrapped if self._sharded else self.model
+        with self.accelerator.autocast():  # which the trainer wraps around the model only later
+            self._make_ready(self.model_wrapped if self._sharded else self.model)
+
+    def _make_ready(self, model: nn.Module) -> None:
         resumed = self._sharded and self.state.global_step > 0
         if isinstance(self.reference, Cached):
             if resumed and self.reference.cache.missing() and self.reference.frozen_head is not None:
@@ -263,7 +265,7 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
             if reference.frozen_head is None:
                 states_NH = reference.live.hidden(model, self.model, batch)
             else:
-                with torch.no_grad(), evaluation_mode(model), self.accelerator.autocast():
+                with torch.no_grad(), evaluation_mode(model):
                     states_NH = hidden_states(model, batch)
             if batch.cache_index_N is None:
                 raise ValueError("the data carries no places in the store")
@@ -291,9 +293,10 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
             batch_risk=self._batch_risk,
             num_tokens=batch.counted_BT.sum() if num_items_in_batch is None else num_items_in_batch,
         )
+        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         step_of = dense_step if self.loss_head == "dense" else fused_step
         with self.accelerator.autocast():
-            step = step_of(model, self.accelerator.unwrap_model(model), batch, objective)
+            step = step_of(model, unwrapped, batch, objective)
         self._record(step, batch)
         if self.model.training:
             seen = (
@@ -333,21 +336,9 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
     # -- logs -----------------------------------------------------------------------------------------------------
 
     def _record(self, step: Step, batch: MicroBatch) -> None:
-        p_safe_N, metrics, weights = batch.p_safe_BT[batch.counted_BT], step.out.metrics, step.weights
-        bins_N = ((1 - p_safe_N) * RISK_BINS).long().clamp(max=RISK_BINS - 1)
-        sums = {
-            "tokens": torch.as_tensor(float(len(p_safe_N)), device=p_safe_N.device),
-            "ce_tokens": metrics["ce_tokens"].float(),
-            "kl_tokens": metrics["kl_tokens"].float(),
-            "ce": metrics["ce"] * metrics["ce_tokens"],
-            "kl": metrics["kl"] * metrics["kl_tokens"],
-            "ce_weight": weights.ce_BT.sum(),
-            "kl_weight": weights.kl_BT.sum(),
-        }
-        sums |= {f"risk_hist/{b / RISK_BINS:.1f}": (bins_N == b).sum().float() for b in range(RISK_BINS)}
         mode = "train" if self.model.training else "eval"
-        for name, value in sums.items():
-            self._sums[mode][name] = self._sums[mode].get(name, 0.0) + value.detach()
+        for name, value in token_sums(step, batch).items():
+            self._sums[mode][name] = self._sums[mode].get(name, 0.0) + value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the token-weighted means since the last log."""
