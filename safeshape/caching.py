@@ -6,6 +6,7 @@ Shape suffixes: N response tokens, H hidden size.
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from torch import nn
-from trl.trainer.utils import maybe_gather_lm_head_ctx
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from safeshape.models.head import Head, head_settings, read_head
 from safeshape.models.reference import causal_model
@@ -46,21 +47,30 @@ def index_tokens(dataset: Dataset, first: int) -> tuple[Dataset, list[int]]:
     return dataset.map(number, with_indices=True, input_columns=["labels"], desc="Numbering response tokens"), tokens
 
 
-def model_hash(model: nn.Module) -> str:
-    """SHA-256 over the names and bytes of the weights the reference is made of: all, or those under an adapter."""
+def gathered(*parameters: nn.Parameter | None) -> AbstractContextManager[Any]:
+    """Parameters made whole for a moment where ZeRO-3 has parted them already. Every process must enter it."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    found: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([p for p in parameters if p is not None])
+    return found
+
+
+def model_hash(model: nn.Module, accelerator: Accelerator) -> str:
+    """SHA-256 over the names and bytes of the weights the reference is made of: all, or those under an adapter.
+
+    Computed by the main process, which may be the only one that has them; the same in every process.
+    """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if isinstance(model, PeftModel) and parameter.requires_grad:
             continue
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def agreed(accelerator: Accelerator, make: Callable[[], str]) -> str:
-    """What the main process makes, in every process."""
-    found = [make() if accelerator.is_main_process else ""]
-    return str(broadcast_object_list(found)[0])
+        with gathered(parameter):
+            if accelerator.is_main_process:
+                digest.update(name.encode())
+                digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return str(broadcast_object_list([digest.hexdigest()])[0])
 
 
 def open_cache(
@@ -79,18 +89,18 @@ def open_cache(
     base = causal_model(model)
     name = str(base.dtype).removeprefix("torch.") if dtype == "auto" else dtype
     hidden = int(base.config.get_text_config().hidden_size)
-    key = agreed(accelerator, lambda: hashlib.sha256(f"{data_hash} {model_hash(model)} {name}".encode()).hexdigest())
+    key = hashlib.sha256(f"{data_hash} {model_hash(model, accelerator)} {name}".encode()).hexdigest()
     cache = StateCache(
         folder, key=key, tokens_per_row=tokens_per_row, hidden=hidden, dtype=name, shard_bytes=SHARD_BYTES
     )
     if accelerator.is_main_process:
         cache.prepare()
-        if not isinstance(model, PeftModel) and cache.read_head() is None:
-            layer = base.get_output_embeddings()
-            with torch.no_grad(), maybe_gather_lm_head_ctx(layer.weight, layer.bias):
-                head = read_head(base)
-                bias = {} if head.bias_V is None else {"bias": head.bias_V}
-                cache.write_head({"weight": head.weight_VH, **bias})
+    layer = base.get_output_embeddings()
+    with torch.no_grad(), gathered(layer.weight, layer.bias):
+        if accelerator.is_main_process and not isinstance(model, PeftModel) and cache.read_head() is None:
+            head = read_head(base)
+            bias = {} if head.bias_V is None else {"bias": head.bias_V}
+            cache.write_head({"weight": head.weight_VH, **bias})
     accelerator.wait_for_everyone()
     return cache
 

@@ -22,13 +22,13 @@ SPECS = [
 ]
 
 
-def launch(folder, *launcher):
+def launch(folder, *launcher, specs=SPECS, **variables):
     folder.mkdir()
-    (folder / "specs.json").write_text(json.dumps(SPECS))
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    (folder / "specs.json").write_text(json.dumps(specs))
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     done = subprocess.run(
         [*launcher, str(TESTS / "worker.py"), str(folder), str(folder / "specs.json")],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables},
         capture_output=True,
         text=True,
         timeout=300,
@@ -63,3 +63,25 @@ def test_two_processes_equal_one(tmp_path, alone, recipe, wrapper):
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), (spec, name)
         if spec["reference"] == "cached":
             assert one["shards"] == two["shards"] > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"policy": "star", "reference": "copy", "lora": False},
+        {"policy": "star", "reference": "cached", "lora": False},
+        {"policy": "fixed_kl", "reference": "adapter_off", "lora": True},
+    ],
+    ids=lambda spec: spec["reference"],
+)
+def test_zero3_equals_one_process(tmp_path, spec):
+    """One run a launch: DeepSpeed does not end a second engine in the same process."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    one = launch(tmp_path / "one", sys.executable, specs=[spec])[0]
+    configuration = str(for_two_cpus("zero3", tmp_path))
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", configuration]
+    two = launch(tmp_path / "two", *accelerate, specs=[spec], DS_ACCELERATOR="cpu")[0]
+    assert (two["processes"], two["wrapped"], two["head"]) == (2, "DeepSpeedEngine", "fused")
+    for name in ("loss", "kl", "kl_weight", "num_tokens"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
