@@ -74,10 +74,10 @@ def test_triton_is_chosen_by_name_and_compares_close_models_well():
     g = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(6, 5, generator=g).to(device), torch.randn(40, 5, generator=g).to(device)
     labels = torch.arange(6, device=device)
-    close = (hidden, head, hidden * (1 + 1e-3), head, labels)
+    close = (hidden, head, hidden * (1 + 1e-2), head, labels)
     weights = Weights(ce_BT=torch.zeros(6, device=device), kl_BT=torch.ones(6, device=device))
     for divergence in DIVERGENCES:
         how = {"weights": weights, "divergence": divergence, "num_tokens": 6}
         got = fused_shaped_loss(*close, **how, implementation="triton").loss.item()
         want = fused_shaped_loss(*(x.double() for x in close[:4]), labels, **how)
-        assert got == pytest.approx(want.loss.item(), rel=1e-3)
+        assert got == pytest.approx(want.loss.item(), abs=2e-7)
