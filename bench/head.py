@@ -80,7 +80,7 @@ def run_safeshape(x: Inputs, setting: Setting) -> torch.Tensor:
 def run_products(x: Inputs, setting: Setting) -> torch.Tensor:
     with torch.no_grad():
         wide = torch.float32 if x.hidden.device.type == "cpu" else x.hidden.dtype
-        rows = chunk_rows(2 * len(x.head), torch.float32, x.head.device, None)
+        rows = chunk_rows(len(x.labels), 2 * len(x.head), torch.float32, x.head.device, None)
         head = x.head.to(wide)
         grad_head = torch.zeros_like(x.head) if x.head.requires_grad else None
         buffer = torch.empty(2 * rows, len(head), dtype=wide, device=head.device)
@@ -119,9 +119,7 @@ def run_trl(x: Inputs, setting: Setting) -> torch.Tensor:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     beta = 1.0 if setting["divergence"] == "reverse" else 0.0
-    logp = ChunkedLogProbFunction.apply(
-        x.hidden, x.head, None, x.labels, 1.0, TRL_VOCAB_CHUNK, None, 1.0, ()
-    )[0]
+    logp = ChunkedLogProbFunction.apply(x.hidden, x.head, None, x.labels, 1.0, TRL_VOCAB_CHUNK, None, 1.0, ())[0]
     divergence = ChunkedDivergenceFunction.apply(x.hidden, x.head, None, x.ref_hidden, x.ref_head, None, beta)[0]
     return (x.weights.kl_BT * divergence - x.weights.ce_BT * logp).sum() / len(x.labels)
 
@@ -209,7 +207,9 @@ def measure(setting: Setting, methods: list[str], memory: bool) -> list[dict[str
 
 def show(rows: list[dict[str, Any]]) -> None:
     first = rows[0]
-    print(f"\nV {first['vocab']}, head {first['head']}, {first['divergence']}, N {first['tokens']}, H {first['hidden']}")
+    print(
+        f"\nV {first['vocab']}, head {first['head']}, {first['divergence']}, N {first['tokens']}, H {first['hidden']}"
+    )
     print(f"{'method':22}{'ms':>10}{'safeshape / this':>18}{'peak MB':>10}{'peak / dense logits':>21}")
     for row in rows:
         memory = f"{row['peak_bytes'] / 1e6:10.0f}{row['peak_over_dense_logits']:21.3f}" if "peak_bytes" in row else ""

@@ -140,22 +140,21 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
     ) -> Dataset | IterableDataset:
         if not isinstance(processing_class, PreTrainedTokenizerBase):
             raise ValueError("SafeTrainer trains on text; give a tokenizer as processing_class, not a processor")
-        columns = dataset.column_names or []
-        if set(COLUMNS) <= set(columns):
-            return dataset
-        dataset = prepare(
-            dataset,
-            processing_class,
-            needs_signal=self.policy.needs_signal,
-            max_length=args.max_length,
-            overlong=self.overlong,
-            name=dataset_name,
-        )
+        columns = set(dataset.column_names or [])
+        if not set(COLUMNS) <= columns:
+            dataset = prepare(
+                dataset,
+                processing_class,
+                needs_signal=self.policy.needs_signal,
+                max_length=args.max_length,
+                overlong=self.overlong,
+                name=dataset_name,
+            )
         if not self._data:
             self._data = data_summary(dataset)
-        if self.policy.needs_reference and self._numbering:
+        if self.policy.needs_reference and self._numbering and "cache_index" not in columns:
             dataset = self._number(dataset)
-        if packing:
+        if packing and "seq_lengths" not in columns:
             options = {"desc": f"Packing {dataset_name} data"} if isinstance(dataset, Dataset) else {}
             if args.shuffle_dataset:
                 dataset = dataset.shuffle(seed=args.seed)

@@ -46,13 +46,30 @@ def test_both_terms_are_divided_by_the_same_given_count():
     assert out.loss.item() == pytest.approx((0.5 * math.log(2) + 2 * GOLDEN["reverse"]) / 4, abs=1e-6)
 
 
-def test_metrics_are_unweighted_means():
-    labels = torch.tensor([[0, 0]])
-    both = torch.cat([HALF, QUARTER], dim=1)
-    out = shaped_loss(both, both, labels, weights(0.0, 0.0, labels), num_tokens=2)
-    assert out.loss.item() == 0
-    assert out.metrics["ce"].item() == pytest.approx((math.log(2) + math.log(4)) / 2)
-    assert out.metrics["kl"].item() == 0
+def test_metrics_are_unweighted_means_over_the_tokens_that_carry_the_weight():
+    labels = torch.tensor([[0, 0, 0, 0, -100]])
+    logits = torch.cat([HALF, QUARTER, HALF, QUARTER, HALF], dim=1)
+    ref = torch.cat([QUARTER, QUARTER, QUARTER, HALF, HALF], dim=1)
+    w = Weights(ce_BT=torch.tensor([[0.1, 0.2, 0.0, 0.0, 1.0]]), kl_BT=torch.tensor([[0.3, 0.0, 0.2, 0.0, 1.0]]))
+    out = shaped_loss(logits, ref, labels, w, num_tokens=2)
+    assert out.metrics["ce"].item() == pytest.approx((math.log(2) + math.log(4) + math.log(2)) / 3)
+    assert out.metrics["kl"].item() == pytest.approx(GOLDEN["reverse"])
+    assert (out.metrics["ce_tokens"].item(), out.metrics["kl_tokens"].item()) == (3, 2)
+
+
+def test_rows_that_one_model_does_not_have_are_left_out_of_the_divergence_and_stay_in_the_cross_entropy():
+    # Policy 1/4, 1/4, 1/2 and reference 1/4, 3/4: on the two shared rows it is 1/2, 1/2 against 1/4, 3/4.
+    labels = torch.tensor([[0]])
+    longer = torch.tensor([[[0.0, 0.0, math.log(2)]]])
+    for name, want in GOLDEN.items():
+        out = shaped_loss(longer, QUARTER, labels, weights(1.0, 1.0, labels), divergence=name, num_tokens=1)
+        assert out.metrics["ce"].item() == pytest.approx(math.log(4))
+        assert out.metrics["kl"].item() == pytest.approx(want, abs=1e-6)
+        padded_ref = torch.cat([QUARTER, torch.full((1, 1, 1), 5.0)], dim=-1)
+        out = shaped_loss(HALF, padded_ref, labels, weights(0.0, 1.0, labels), divergence=name, num_tokens=1)
+        assert out.loss.item() == pytest.approx(want, abs=1e-6)
+    with pytest.raises(ValueError, match="1 labels are outside the rows that the two heads share"):
+        shaped_loss(longer, QUARTER, labels + 2, weights(0.0, 1.0, labels), divergence="k2", num_tokens=1)
 
 
 def naive(logits, ref_logits, labels, w, divergence, num_tokens):

@@ -21,22 +21,24 @@ class Head:
     softcap: float | None
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type that logits are computed in: float32, or float64 where the input is."""
-    return torch.promote_types(dtype, torch.float32)
+def logits_dtype(hidden: torch.Tensor, head: torch.Tensor) -> torch.dtype:
+    """The type that logits and sums are computed in: float32, or float64 where an input is."""
+    return torch.promote_types(torch.promote_types(hidden.dtype, head.dtype), torch.float32)
 
 
-def operand_dtype(hidden: torch.Tensor, head: torch.Tensor) -> torch.dtype:
-    """The type of the factors of a product.
+def factor_dtype(hidden: torch.Tensor, head: torch.Tensor, out: torch.dtype) -> torch.dtype:
+    """The type of the factors of a product whose result has type `out`.
 
-    On an accelerator half-precision factors are multiplied as they are and under autocast cast to its type, because
-    its matrix units add up in float32. A CPU's bfloat16 product would round the result, so the factors are cast up.
+    An accelerator multiplies half-precision factors as they are, and under autocast those cast to its type, because
+    its matrix units add up in float32. A CPU's bfloat16 product would round the result, so there they are cast up.
     """
     device = hidden.device.type
-    dtype = torch.promote_types(hidden.dtype, head.dtype)
     if device == "cpu":
-        return wide(dtype)
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+        return out
+    dtype = torch.promote_types(hidden.dtype, head.dtype)
+    if torch.is_autocast_enabled(device) and out == torch.float32:
+        dtype = torch.get_autocast_dtype(device)
+    return dtype if dtype.itemsize == 2 else out
 
 
 def cast_parts(weight_VH: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -47,12 +49,12 @@ def cast_parts(weight_VH: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[sl
         yield part, weight_VH[part].to(dtype)
 
 
-def project_(out_RV: torch.Tensor, hidden_RH: torch.Tensor, head: Head, operand: torch.dtype) -> None:
+def project_(out_RV: torch.Tensor, hidden_RH: torch.Tensor, head: Head, factor: torch.dtype) -> None:
     """Logits before the softcap into `out_RV`."""
-    hidden_RH = hidden_RH.to(operand)
-    for part, weight_CH in cast_parts(head.weight_VH, operand):
+    hidden_RH = hidden_RH.to(factor)
+    for part, weight_CH in cast_parts(head.weight_VH, factor):
         out_RC = out_RV[:, part]
-        if operand != out_RV.dtype:
+        if factor != out_RV.dtype:
             torch.mm(hidden_RH, weight_CH.t(), out_dtype=out_RV.dtype, out=out_RC)
             if head.scale != 1.0:
                 out_RC.mul_(head.scale)
@@ -70,6 +72,6 @@ def add_product_(sum_: torch.Tensor, left: torch.Tensor, right: torch.Tensor, sc
         sum_.addmm_(left, right, alpha=scale)
 
 
-def gradient_operand(operand: torch.dtype) -> torch.dtype:
+def gradient_factor_dtype(factor: torch.dtype) -> torch.dtype:
     """float16 cannot hold the gradient of one logit out of a hundred thousand; bfloat16 has float32's range."""
-    return torch.float32 if operand == torch.float16 else operand
+    return torch.float32 if factor == torch.float16 else factor

@@ -1,11 +1,13 @@
 """One chunk of logits to losses and, in place, to the gradient: the pure-torch row function.
 
-Everything a row needs is computed from unnormalised exponentials `exp(z - max)` and a few numbers per row, so that each
-exponential is taken once and the buffer of the logits becomes the buffer of the gradient. Rows are worked on in blocks
-that stay in a core's cache through all passes. Differences between policy and reference are taken before anything is
-added up (`top - ref_top`, `log(total / ref_total)`): two models that are close give a small divergence with small error.
+Everything a row needs is computed from unnormalised exponentials `exp(z - max)` and a few numbers per row, so that
+each exponential is taken once and the buffer of the logits becomes the buffer of the gradient. Rows are worked on in
+blocks that stay in a core's cache through all passes. Differences between policy and reference are taken before
+anything is added up (`top - ref_top`, `log(total / ref_total)`): two models that are close give a small divergence
+with a small error.
 
-Shape suffixes: R rows (tokens) of a chunk, V rows of the policy's head, S those that the reference shares, 1 one column.
+Shape suffixes: R rows (tokens) of a chunk, V rows of the policy's head, S those that the reference shares, 1 one
+column.
 """
 
 from collections.abc import Callable
@@ -15,7 +17,9 @@ import torch
 
 from safeshape.types import Divergence
 
-BLOCK_BYTES = 3 * 2**19  # of logits, reference logits and scratch, per thread: what stays in a core's second-level cache
+BLOCK_BYTES = (
+    3 * 2**19
+)  # of logits, reference logits and scratch, per thread: what stays in a core's second-level cache
 
 
 @dataclass(frozen=True, kw_only=True)
