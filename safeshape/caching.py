@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,40 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from peft import PeftModel
 from torch import nn
+from transformers import TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from safeshape.data import example_risk
 from safeshape.models.head import Head, head_settings, read_head
-from safeshape.models.reference import causal_model
+from safeshape.models.reference import States, causal_model
 from safeshape.models.states import SHARD_BYTES, Shard, StateCache, batches_by_length
 from safeshape.types import IGNORE
 
 logger = logging.getLogger("safeshape")
 BATCH_TOKENS = 4096  # of one forward while the states are written
+
+
+@dataclass
+class Numbered:
+    """The datasets whose response tokens have places in the store. `streams`: whether one could not be numbered."""
+
+    datasets: list[Dataset] = field(default_factory=list)
+    tokens_per_row: list[int] = field(default_factory=list)
+    streams: bool = False
+    accepting: bool = True  # only datasets that are known from the start are stored
+
+    def add(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        """The dataset with a `cache_index`; a stream as it is."""
+        if isinstance(dataset, IterableDataset):
+            self.streams = True
+            return dataset
+        numbered, tokens = index_tokens(dataset, sum(self.tokens_per_row))
+        self.datasets.append(numbered)
+        self.tokens_per_row += tokens
+        return numbered
 
 
 def index_tokens(dataset: Dataset, first: int) -> tuple[Dataset, list[int]]:
@@ -77,19 +100,20 @@ def open_cache(
     folder: Path,
     model: nn.Module,
     *,
-    data_hash: str,
+    made_from: str,
     tokens_per_row: Sequence[int],
     dtype: str,
     accelerator: Accelerator,
 ) -> StateCache:
     """The store for this data and this starting model; its own head, where training will move it, lies beside it.
 
-    `dtype`: auto (the model's), float32, bfloat16 or float16. Every process gets the same store.
+    `made_from`: names the data and whatever else is read in the pass. `dtype`: auto (the model's), float32, bfloat16 or
+    float16. Every process gets the same store.
     """
     base = causal_model(model)
     name = str(base.dtype).removeprefix("torch.") if dtype == "auto" else dtype
     hidden = int(base.config.get_text_config().hidden_size)
-    key = hashlib.sha256(f"{data_hash} {model_hash(model, accelerator)} {name}".encode()).hexdigest()
+    key = hashlib.sha256(f"{made_from} {model_hash(model, accelerator)} {name}".encode()).hexdigest()
     cache = StateCache(
         folder, key=key, tokens_per_row=tokens_per_row, hidden=hidden, dtype=name, shard_bytes=SHARD_BYTES
     )
@@ -122,13 +146,13 @@ def fill(
     datasets: Sequence[Dataset],
     *,
     collate: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
-    run: Callable[[Mapping[str, Any]], tuple[torch.Tensor, torch.Tensor]],
+    run: Callable[[Mapping[str, Any]], tuple[torch.Tensor, States]],
     accelerator: Accelerator,
 ) -> None:
     """Compute and store the shards that are missing, shared out among the processes.
 
-    `run`: a collated batch to (places N, states NH). Every process makes the same number of calls, as sharded models
-    need. Errors: OSError when a shard is not there afterwards (the folder must be one that all processes see).
+    `run`: a collated batch to its places (N,) and states. Every process makes the same number of calls, as sharded
+    models need. Errors: OSError when a shard is not there afterwards (the folder must be one that all processes see).
     """
     data = concatenate_datasets(list(datasets))
     lengths = [len(ids) for batch in data.select_columns(["input_ids"]).iter(1000) for ids in batch["input_ids"]]
@@ -136,12 +160,13 @@ def fill(
     accelerator.wait_for_everyone()
     if not missing:
         return
-    logger.info("writing %s bytes of reference states to %s", f"{cache.bytes:,}", cache.folder)
+    if accelerator.is_main_process:
+        logger.info("writing %.1f MB of reference states to %s", cache.bytes / 1e6, cache.folder)
     plans = {s.number: list(batches_by_length(range(s.first_row, s.last_row), lengths, BATCH_TOKENS)) for s in missing}
     shares = [missing[rank :: accelerator.num_processes] for rank in range(accelerator.num_processes)]
     calls = max(sum(len(plans[shard.number]) for shard in share) for share in shares)
     for shard in shares[accelerator.process_index]:
-        cache.write(shard, _states(cache, shard, plans[shard.number], data, collate, run))
+        cache.write(shard, *_states(cache, shard, plans[shard.number], data, collate, run))
         calls -= len(plans[shard.number])
     for _ in range(calls):
         run(collate([data[0]]))
@@ -158,15 +183,34 @@ def _states(
     plan: list[list[int]],
     data: Dataset,
     collate: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
-    run: Callable[[Mapping[str, Any]], tuple[torch.Tensor, torch.Tensor]],
-) -> torch.Tensor:
-    states_NH = torch.zeros(shard.end - shard.start, cache.hidden, dtype=cache.dtype)
+    run: Callable[[Mapping[str, Any]], tuple[torch.Tensor, States]],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    tokens = shard.end - shard.start
+    states_NH, read_N, beside = torch.zeros(tokens, cache.hidden, dtype=cache.dtype), torch.zeros(tokens), False
     for rows in plan:
-        places_N, found_NH = run(collate([data[row] for row in rows]))
-        states_NH[places_N.cpu() - shard.start] = found_NH.detach().to(cache.dtype).cpu()
-    return states_NH
+        places_N, found = run(collate([data[row] for row in rows]))
+        here_N = places_N.cpu() - shard.start
+        states_NH[here_N] = found.hidden_NH.detach().to(cache.dtype).cpu()
+        if found.read_N is not None:
+            read_N[here_N], beside = found.read_N.detach().float().cpu(), True
+    return states_NH, read_N if beside else None
 
 
 def existing_parent(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists: where free space can be asked for."""
     return next(path for path in (folder, *folder.resolve().parents) if path.exists())
+
+
+def epochs_of(args: TrainingArguments, rows: int) -> float:
+    """How often training reads each row; `rows` is 0 for a stream."""
+    if args.max_steps <= 0 or rows == 0:
+        return float(args.num_train_epochs)
+    seen = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return float(seen / rows)
+
+
+def stored_risk(cache: StateCache, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Risk of each example of a batch, from the scores that were read in the pass that wrote the states."""
+    scores_BL, stored_BL = inputs["answer_p_safe"].clone(), inputs["cache_index"] >= 0
+    scores_BL[stored_BL] = cache.beside(inputs["cache_index"][stored_BL]).to(scores_BL)
+    return example_risk({**inputs, "answer_p_safe": scores_BL})

@@ -6,6 +6,7 @@ Shape suffixes: B rows, L tokens of the padded batch.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -215,14 +216,18 @@ def example_risk(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     An example is a row, or where rows are packed or flattened, a stretch of a row whose positions count from 0.
     """
     labels_BL, risk_BL = batch["labels"], 1 - batch["answer_p_safe"]
-    begins_BL = batch.get("position_ids", torch.ones_like(labels_BL)) == 0
-    begins_BL[:, 0] = True
-    example_M = begins_BL.flatten().cumsum(0) - 1
+    example_M = _begins(batch).flatten().cumsum(0) - 1
     counted_M = (labels_BL != IGNORE).flatten()
     zeros = risk_BL.new_zeros(int(example_M[-1]) + 1)
     total = zeros.index_add(0, example_M, risk_BL.flatten() * counted_M)
     tokens = zeros.index_add(0, example_M, counted_M.to(zeros))
     return (total / tokens.clamp(min=1))[tokens > 0]
+
+
+def _begins(batch: Mapping[str, Any]) -> torch.Tensor:
+    begins_BL: torch.Tensor = batch.get("position_ids", torch.ones_like(batch["labels"])) == 0
+    begins_BL[:, 0] = True
+    return begins_BL
 
 
 def micro_batch(inputs: Mapping[str, Any]) -> MicroBatch:
@@ -238,7 +243,27 @@ def micro_batch(inputs: Mapping[str, Any]) -> MicroBatch:
         answer_p_safe_BT=inputs["answer_p_safe"][:, 1:],
         position_BT=response_position(labels_BT),
         cache_index_N=None if index_BT is None else index_BT[counted_BT],
+        begins_BL=_begins(inputs),
     )
+
+
+def prompt_spans(labels_BL: torch.Tensor, begins_BL: torch.Tensor) -> list[tuple[int, int, int, int]]:
+    """(row, begin, end, last) of each example with a response: its prompt is [begin, end), its last turn [end, last).
+
+    `begins_BL`: where an example starts. What stands before the last turn is its prompt, earlier turns included.
+    """
+    spans = []
+    counted_BL, begins = (labels_BL != IGNORE).cpu(), begins_BL.clone().cpu()
+    begins[:, 0] = True
+    for row in range(len(counted_BL)):
+        edges = [*begins[row].nonzero()[:, 0].tolist(), counted_BL.shape[1]]
+        for begin, stop in pairwise(edges):
+            counted = counted_BL[row, begin:stop].nonzero()[:, 0]
+            if len(counted):
+                gaps = (counted.diff() > 1).nonzero()[:, 0]
+                first = int(counted[int(gaps[-1]) + 1]) if len(gaps) else int(counted[0])
+                spans.append((row, begin, begin + first, begin + int(counted[-1]) + 1))
+    return spans
 
 
 def response_position(labels_BT: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 from trl import SFTConfig
 
 from safeshape.models.states import DTYPES
+from safeshape.policies import Policy
 
 LOSS_HEADS = ("auto", "fused", "dense")
 
@@ -27,6 +28,12 @@ def refuse_arguments(
     for name in ("compute_loss_func", "formatting_func"):
         if others.get(name) is not None:
             raise ValueError(f"SafeTrainer does not support {name}; write a policy, or render the data beforehand")
+
+
+def refuse_probe(policy: Policy, probe: bool) -> None:
+    """Errors: ValueError for a probe beside a policy without the reference pass that it reads."""
+    if probe and not policy.needs_reference:
+        raise ValueError(f"a probe reads the reference's hidden states, which policy {policy.name!r} does not need")
 
 
 def refuse_unsupported(args: SFTConfig) -> None:

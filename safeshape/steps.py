@@ -3,17 +3,18 @@
 Shape suffixes: B rows, T predicted tokens, N response tokens, H hidden size, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from safeshape.kernels import fused_label_logp, fused_shaped_loss
 from safeshape.losses import label_logp, log_softmax, shaped_loss
 from safeshape.models import Head, Reference, read_head
-from safeshape.models.reference import counted_logits
+from safeshape.models.reference import Reader, counted_logits
 from safeshape.policies import Batch, Policy
 from safeshape.types import LossOutput, MicroBatch, Weights
 
@@ -22,20 +23,25 @@ RISK_BINS = 5  # of the logged histogram
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """The loss of a micro-batch and the weights of its counted tokens, both of shape (N,)."""
+    """The loss of a micro-batch, the weights of its counted tokens, both of shape (N,), and the scores behind them."""
 
     out: LossOutput
     weights: Weights
+    batch: MicroBatch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What stays the same from step to step but for the risk of the optimisation batch and its N."""
+    """What is wanted of a micro-batch. `num_tokens`: N of the whole optimisation batch.
+
+    `reader`: reads p_safe of the counted tokens off the reference's hidden states, in place of the data's.
+    """
 
     policy: Policy
     reference: Reference | None
     batch_risk: float
     num_tokens: int | torch.Tensor
+    reader: Reader | None = None
 
 
 def policy_weights(objective: Objective, batch: MicroBatch, log_ratio_N: torch.Tensor | None) -> Weights:
@@ -66,6 +72,8 @@ def dense_step(model: nn.Module, unwrapped: nn.Module, batch: MicroBatch, object
     ref_logits_NV = None
     if objective.reference is not None:
         ref_logits_NV = objective.reference.logits(model, unwrapped, batch)
+        if objective.reader is not None:
+            batch = with_p_safe(batch, objective.reference.states(model, unwrapped, batch, objective.reader).read_N)
     logits_NV = counted_logits(model, batch)
     log_ratio_N = None
     if objective.policy.needs_log_ratio and ref_logits_NV is not None:
@@ -80,17 +88,18 @@ def dense_step(model: nn.Module, unwrapped: nn.Module, batch: MicroBatch, object
         divergence=objective.policy.divergence,
         num_tokens=objective.num_tokens,
     )
-    return Step(out=out, weights=weights)
+    return Step(out=out, weights=weights, batch=batch)
 
 
 def fused_step(model: nn.Module, unwrapped: nn.Module, batch: MicroBatch, objective: Objective) -> Step:
     """The same loss from hidden states: response tokens are projected in pieces, inside the model's forward."""
     ref_hidden_NH = None
     if objective.reference is not None:
-        ref_hidden_NH = objective.reference.hidden(model, unwrapped, batch)
+        states = objective.reference.states(model, unwrapped, batch, objective.reader)
+        ref_hidden_NH, batch = states.hidden_NH, with_p_safe(batch, states.read_N)
 
-    def shaped(causal: PreTrainedModel, hidden_BTH: torch.Tensor) -> dict[str, torch.Tensor]:
-        hidden_NH = hidden_BTH[:, :-1][batch.counted_BT]
+    def shaped(causal: PreTrainedModel, output: BaseModelOutputWithPast) -> dict[str, torch.Tensor]:
+        hidden_NH = output.last_hidden_state[:, :-1][batch.counted_BT]
         layer = causal.get_output_embeddings()
         with maybe_gather_lm_head_ctx(layer.weight, layer.bias):
             ref_head = None if objective.reference is None else objective.reference.head(unwrapped, causal)
@@ -101,7 +110,17 @@ def fused_step(model: nn.Module, unwrapped: nn.Module, batch: MicroBatch, object
     return Step(
         out=LossOutput(loss=found["loss"], metrics={name: found[name] for name in names}),
         weights=Weights(ce_BT=found["ce_weight"], kl_BT=found["kl_weight"]),
+        batch=batch,
     )
+
+
+def with_p_safe(batch: MicroBatch, p_safe_N: torch.Tensor | None) -> MicroBatch:
+    """The batch with other scores on its counted tokens, as p_safe of token and answer; None changes nothing."""
+    if p_safe_N is None:
+        return batch
+    p_safe_BT = torch.zeros_like(batch.p_safe_BT)
+    p_safe_BT[batch.counted_BT] = p_safe_N.to(p_safe_BT)
+    return replace(batch, p_safe_BT=p_safe_BT, answer_p_safe_BT=p_safe_BT)
 
 
 def _fused(
@@ -144,9 +163,10 @@ def _logp(hidden_NH: torch.Tensor, head: Head, labels_N: torch.Tensor) -> torch.
     )
 
 
-def token_sums(step: Step, batch: MicroBatch) -> dict[str, torch.Tensor]:
+def token_sums(step: Step) -> dict[str, torch.Tensor]:
     """Sums over the counted tokens of what is logged, and the counts that make means of them, all detached."""
-    p_safe_N, metrics, weights = batch.p_safe_BT[batch.counted_BT], step.out.metrics, step.weights
+    batch, metrics, weights = step.batch, step.out.metrics, step.weights
+    p_safe_N = batch.p_safe_BT[batch.counted_BT]
     bins_N = ((1 - p_safe_N) * RISK_BINS).long().clamp(max=RISK_BINS - 1)
     sums = {
         "tokens": torch.as_tensor(float(len(p_safe_N)), device=p_safe_N.device),

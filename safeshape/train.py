@@ -132,12 +132,17 @@ def train(argv: Sequence[str], progress: Any) -> str:
         reference=config.reference,
         gradient_floor=config.gradient_floor,
         overlong=config.overlong,
+        loss_head=config.loss_head,
+        cache_dir=config.cache_dir,
+        cache_dtype=config.cache_dtype,
         quantization_config=quantization,
         peft_config=peft_config,
     )
     resume: str | bool | None = args.resume_from_checkpoint
     outcome = trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
     trainer.save_model(args.output_dir)
+    if config.cache_dir is None:
+        trainer.remove_stored_states()
     if trainer.accelerator.is_main_process:
         numbers = {"metrics": outcome.metrics, "log": trainer.state.log_history}
         (Path(args.output_dir) / "train_results.json").write_text(json.dumps(numbers, indent=1) + "\n")

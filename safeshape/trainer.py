@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
-from safeshape.caching import existing_parent, fill, frozen_head, index_tokens, open_cache
+from safeshape.caching import Numbered, epochs_of, existing_parent, fill, frozen_head, open_cache, stored_risk
 from safeshape.callbacks import GradientFloor, StartAfterSharding
 from safeshape.data import ShapedCollator, example_risk, micro_batch
 from safeshape.models import (
@@ -32,11 +32,13 @@ from safeshape.models import (
     verify_reference,
 )
 from safeshape.models.loading import evaluation_mode
-from safeshape.models.reference import causal_model, hidden_states, refuse_trained_biases
+from safeshape.models.reference import Reader, States, causal_model, refuse_trained_biases, states_of
 from safeshape.policies import Policy, PolicyFunction, resolve_policy
 from safeshape.provenance import RECORD, check_resume, data_summary, last_complete_checkpoint, run_record, signals_of
-from safeshape.refusals import refuse_arguments, refuse_model, refuse_unsupported
+from safeshape.refusals import refuse_arguments, refuse_model, refuse_probe, refuse_unsupported
 from safeshape.signals.align import COLUMNS, prepare
+from safeshape.signals.online import reader
+from safeshape.signals.probes import Probe
 from safeshape.steps import Objective, Step, dense_step, fused_step, token_sums
 from safeshape.types import MicroBatch
 
@@ -47,7 +49,8 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
     """TRL's SFTTrainer, constructor included, that learns safe tokens and holds risky ones at a frozen reference.
 
     `policy`: a name, `{"name": ..., parameters}` or a function (see `policies.py`). `reference`: "auto",
-    "adapter_off", "copy", "cached" or a model. `gradient_floor`: updates with a smaller gradient norm are skipped.
+    "adapter_off", "copy", "cached" or a model. `probe`: reads the risk of each prompt off the reference's own pass, in
+    place of a `safety` column. `gradient_floor`: updates with a smaller gradient norm are skipped.
     `overlong`: "refuse" or "truncate" for rows longer than `max_length`. `loss_head`: "fused" (never full logits),
     "dense", or "auto": fused where the model's output layer can be read. `cache_dir`, `cache_dtype`: where and how
     exactly "cached" stores the reference's states (default: `reference_states` in the output folder, the model's
@@ -75,6 +78,7 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         *,
         policy: str | Mapping[str, Any] | PolicyFunction = "star",
         reference: str | nn.Module = "auto",
+        probe: Probe | None = None,
         gradient_floor: float = 1e-6,
         overlong: str = "refuse",
         loss_head: str = "auto",
@@ -83,6 +87,7 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         self.policy: Policy = resolve_policy(policy)
+        self.probe = probe
         self.overlong, self.loss_head = overlong, loss_head
         refuse_arguments(
             overlong=overlong,
@@ -91,16 +96,14 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
             data_collator=data_collator,
             others=kwargs,
         )
+        refuse_probe(self.policy, probe is not None)
         if args is not None:
             refuse_unsupported(args)
         if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
             raise ValueError("the train dataset is empty")
         self._signals = [] if train_dataset is None else signals_of(train_dataset)
         self._data: dict[str, Any] = {}
-        self._numbering = True  # datasets that are known from the start can have stored reference states
-        self._numbered: list[Dataset] = []
-        self._tokens_per_row: list[int] = []
-        self._streams = False
+        self._numbered = Numbered()
         super().__init__(
             model=model,
             args=args,
@@ -109,7 +112,7 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
             processing_class=processing_class,
             **kwargs,
         )
-        self._numbering = False
+        self._numbered.accepting = False
         refuse_model(self.model, self.aux_loss_enabled, self.accelerator.parallelism_config)
         self.data_collator: Any = ShapedCollator(vars(self)["data_collator"])
         # The loss is divided by N here, so the trainer must count N for every model class.
@@ -119,6 +122,7 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         self._cache_dtype = cache_dtype
         self.reference: Reference | None = None
         self.reference_kind = self._choose(reference) if self.policy.needs_reference else None
+        self._reader = None if probe is None else self._read_with(probe)
         self.floor = GradientFloor(gradient_floor)
         self.add_callback(self.floor)
         self.add_callback(StartAfterSharding(self._start))
@@ -145,30 +149,21 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
             dataset = prepare(
                 dataset,
                 processing_class,
-                needs_signal=self.policy.needs_signal,
+                needs_signal=self.policy.needs_signal and self.probe is None,
                 max_length=args.max_length,
                 overlong=self.overlong,
                 name=dataset_name,
             )
         if not self._data:
             self._data = data_summary(dataset)
-        if self.policy.needs_reference and self._numbering and "cache_index" not in columns:
-            dataset = self._number(dataset)
+        if self.policy.needs_reference and self._numbered.accepting and "cache_index" not in columns:
+            dataset = self._numbered.add(dataset)
         if packing and "seq_lengths" not in columns:
             options = {"desc": f"Packing {dataset_name} data"} if isinstance(dataset, Dataset) else {}
             if args.shuffle_dataset:
                 dataset = dataset.shuffle(seed=args.seed)
             dataset = pack_dataset(dataset, args.max_length, args.packing_strategy, options)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
-
-    def _number(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-        if isinstance(dataset, IterableDataset):
-            self._streams = True
-            return dataset
-        numbered, tokens = index_tokens(dataset, sum(self._tokens_per_row))
-        self._numbered.append(numbered)
-        self._tokens_per_row += tokens
-        return numbered
 
     def _set_signature_columns_if_needed(self) -> None:
         # Otherwise the trainer drops the weights before the collator sees them.
@@ -180,7 +175,7 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         """Collect the micro-batches of one update; the mean risk is over all of them and all ranks."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if samples:
-            risk_B = torch.cat([example_risk(sample) for sample in samples]).to(device)
+            risk_B = torch.cat([self._risk(sample) for sample in samples]).to(device)
             total = self.accelerator.reduce(torch.stack([risk_B.sum(), risk_B.new_tensor(float(len(risk_B)))]))
             risk, ema = float(total[0] / total[1]), float(self.policy.parameters.get("ema", 0.0))
             # The first batch starts the average: the paper gives no initial value.
@@ -188,21 +183,31 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
             self._batch_risk = self._risk_ema if ema else risk
         return samples, num_items
 
+    def _read_with(self, probe: Probe) -> Reader:
+        probe.check_fits(causal_model(self.model))
+        if self.policy.parameters.get("scope") == "batch" and self.reference_kind != "cached":
+            raise ValueError("a risk of the whole batch must be known before its forward; use reference='cached'")
+        self._signals = [{"signal": "probe", "scorer": probe.identity(), "rows": self._data["rows"]}]
+        return reader(probe)
+
+    def _risk(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Risk of each example before any forward: from the data, or where the probe read it, from the store."""
+        if self._reader is not None and isinstance(self.reference, Cached) and "cache_index" in inputs:
+            return stored_risk(self.reference.cache, inputs)
+        return example_risk(inputs)
+
     # -- reference ------------------------------------------------------------------------------------------------
 
     def _choose(self, spec: str | nn.Module) -> str:
         """Settle what `reference` means; live references are built here, stored states when training starts."""
         base = causal_model(self.model)
         size = torch.float32.itemsize if self._cache_dtype == "float32" else base.dtype.itemsize
-        states = sum(self._tokens_per_row) * int(base.config.get_text_config().hidden_size) * size
-        rows = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else 0
-        per_update = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        given_steps = self.args.max_steps > 0 and rows > 0
+        states = sum(self._numbered.tokens_per_row) * int(base.config.get_text_config().hidden_size) * size
         chosen = choose_reference(
             spec,
             self.model,
-            epochs=self.args.max_steps * per_update / rows if given_steps else self.args.num_train_epochs,
-            cache_bytes=None if self._streams else states,
+            epochs=epochs_of(self.args, len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else 0),
+            cache_bytes=None if self._numbered.streams else states,
             free_bytes=shutil.disk_usage(existing_parent(self._cache_dir)).free,
         )
         if chosen == "cached":
@@ -222,11 +227,12 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         """Find or begin the store of the reference's states, from weights that are still whole."""
         if self.reference_kind != "cached" or self.reference is not None:
             return
+        read = "" if self.probe is None else self.probe.fingerprint()
         cache = open_cache(
             self._cache_dir,
             self.model,
-            data_hash=str(self._data["sha256"]) + str(len(self._tokens_per_row)),
-            tokens_per_row=self._tokens_per_row,
+            made_from=" ".join([str(self._data["sha256"]), str(len(self._numbered.tokens_per_row)), read]),
+            tokens_per_row=self._numbered.tokens_per_row,
             dtype=self._cache_dtype,
             accelerator=self.accelerator,
         )
@@ -234,11 +240,10 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _start(self) -> None:
         """Once, before the first step: fill the store, look at the head, verify the reference."""
-        if self._started:
-            return
-        self._started = True
-        with self.accelerator.autocast():  # which the trainer wraps around the model only later
-            self._make_ready(self.model_wrapped if self._sharded else self.model)
+        started, self._started = self._started, True
+        if not started:
+            with self.accelerator.autocast():  # which the trainer wraps around the model only later
+                self._make_ready(self.model_wrapped if self._sharded else self.model)
 
     def _make_ready(self, model: nn.Module) -> None:
         resumed = self._sharded and self.state.global_step > 0
@@ -259,18 +264,23 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
             verify_reference(self.reference, model, batch, unwrapped=self.model, disturb=not self.is_deepspeed_enabled)
 
     def _fill(self, reference: Cached, model: nn.Module) -> None:
-        def run(inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        def run(inputs: Mapping[str, Any]) -> tuple[torch.Tensor, States]:
             batch = self._micro_batch(inputs)
-            if reference.frozen_head is None:
-                states_NH = reference.live.hidden(model, self.model, batch)
-            else:
-                with torch.no_grad(), evaluation_mode(model):
-                    states_NH = hidden_states(model, batch)
             if batch.cache_index_N is None:
                 raise ValueError("the data carries no places in the store")
-            return batch.cache_index_N, states_NH
+            if reference.frozen_head is None:
+                return batch.cache_index_N, reference.live.states(model, self.model, batch, self._reader)
+            with torch.no_grad(), evaluation_mode(model):
+                return batch.cache_index_N, states_of(model, batch, self._reader)
 
-        fill(reference.cache, self._numbered, collate=self.data_collator, run=run, accelerator=self.accelerator)
+        datasets = self._numbered.datasets
+        fill(reference.cache, datasets, collate=self.data_collator, run=run, accelerator=self.accelerator)
+
+    def remove_stored_states(self) -> None:
+        """Delete what `cached` wrote; afterwards this trainer cannot train or evaluate with it."""
+        self.accelerator.wait_for_everyone()
+        if isinstance(self.reference, Cached) and self.accelerator.is_main_process:
+            self.reference.cache.remove()
 
     def _micro_batch(self, inputs: Mapping[str, Any]) -> MicroBatch:
         return micro_batch(self._prepare_inputs(dict(inputs)))
@@ -291,12 +301,13 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
             reference=self.reference,
             batch_risk=self._batch_risk,
             num_tokens=batch.counted_BT.sum() if num_items_in_batch is None else num_items_in_batch,
+            reader=self._reader,
         )
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         step_of = dense_step if self.loss_head == "dense" else fused_step
         with self.accelerator.autocast():
             step = step_of(model, unwrapped, batch, objective)
-        self._record(step, batch)
+        self._record(step)
         if self.model.training:
             seen = (
                 inputs["attention_mask"].sum()
@@ -328,15 +339,15 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, Any, Any]:
         """One evaluation batch; in batch scope its own mean risk stands for the optimisation batch."""
-        self._batch_risk = float(example_risk(inputs).mean())
+        self._batch_risk = float(self._risk(inputs).mean())
         step: tuple[torch.Tensor, Any, Any] = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         return step
 
     # -- logs -----------------------------------------------------------------------------------------------------
 
-    def _record(self, step: Step, batch: MicroBatch) -> None:
+    def _record(self, step: Step) -> None:
         mode = "train" if self.model.training else "eval"
-        for name, value in token_sums(step, batch).items():
+        for name, value in token_sums(step).items():
             self._sums[mode][name] = self._sums[mode].get(name, 0.0) + value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -42,7 +42,7 @@ class MicroBatch:
 
     `forward`: what the model is called with. `counted_BT`: the N response tokens. `position_BT`: 1 for the first
     response token of a turn, 2 for the next, 0 elsewhere. `cache_index_N`: where the reference's hidden states of the
-    counted tokens are stored; None for rows that are not in the store.
+    counted tokens are stored; None for rows that are not in the store. `begins_BL`: where in a row an example starts.
     """
 
     forward: dict[str, Any]
@@ -51,6 +51,7 @@ class MicroBatch:
     p_safe_BT: torch.Tensor
     answer_p_safe_BT: torch.Tensor
     position_BT: torch.Tensor
+    begins_BL: torch.Tensor
     cache_index_N: torch.Tensor | None = None
 
 

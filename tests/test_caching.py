@@ -40,6 +40,7 @@ def test_gather_reads_any_places_across_shards(tmp_path):
         cache.write(shard, truth[shard.start : shard.end])
     places = torch.tensor([8, 0, 4, 4, 2])
     assert torch.equal(cache.gather(places), truth[places])
+    assert cache.gather(places[:0]).shape == (0, 5)
     assert cache.bytes == 9 * 5 * 4
     with pytest.raises(ValueError, match="shard 0 holds 2 states of 5 channels"):
         cache.write(cache.shards[0], truth)

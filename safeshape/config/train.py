@@ -17,7 +17,18 @@ class TrainConfig:
     policy: dict[str, Any] | str | None = option(
         "star", help='a policy name, a JSON object such as \'{"name": "star", "kl": 0.5}\', or your own module:function'
     )
-    reference: Literal["auto", "adapter_off", "copy"] = option("auto", help="the frozen model the KL holds to")
+    reference: Literal["auto", "adapter_off", "copy", "cached"] = option(
+        "auto", help="the frozen model the KL holds to: live, or its states stored on disk before training"
+    )
+    cache_dir: str | None = option(
+        None, help="where `cached` keeps its states; else in the output folder until training ends"
+    )
+    cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", help="precision of the stored states; auto: the model's"
+    )
+    loss_head: Literal["auto", "fused", "dense"] = option(
+        "auto", help="fused: never full logits; auto: fused where the model's output layer can be read"
+    )
     gradient_floor: float = option(1e-6, help="updates with a smaller gradient norm are skipped and counted")
     overlong: Literal["refuse", "truncate"] = option("refuse", help="what happens to rows longer than max_length")
     guard: str | None = option(None, help="score rows first with this guard (world, llama-guard-3), one score a chunk")

@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 # Names that architectures give the factor on their logits; Granite and MiniCPM divide by theirs.
 _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _DIVISOR = "logits_scaling"
 
-# What runs inside the model's forward: (the causal language model, final hidden states BLH) -> tensors by name.
-Shaped = Callable[[PreTrainedModel, torch.Tensor], dict[str, torch.Tensor]]
+# What runs inside the model's forward: (the causal language model, its decoder's output) -> tensors by name. The
+# output holds `last_hidden_state` (B, L, H) and, where it was asked for, `hidden_states` of every layer.
+Shaped = Callable[[PreTrainedModel, BaseModelOutputWithPast], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +69,13 @@ def project(head: Head, hidden_NH: torch.Tensor) -> torch.Tensor:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _uncompiled(shaped: Shaped, model: PreTrainedModel, hidden_BLH: torch.Tensor) -> dict[str, torch.Tensor]:
+def _uncompiled(shaped: Shaped, model: PreTrainedModel, states: BaseModelOutputWithPast) -> dict[str, torch.Tensor]:
     # How many tokens are projected differs from batch to batch, so a compiled graph would be made anew for each.
-    return shaped(model, hidden_BLH)
+    return shaped(model, states)
 
 
 def add_shaped_forward(model: PreTrainedModel) -> None:
-    """Let `model(..., shaped=function)` return `function(model, final hidden states)` instead of logits.
+    """Let `model(..., shaped=function)` return `function(model, the decoder's output)` instead of logits.
 
     The function runs inside the model's forward, where weights that are sharded over processes are at hand; so data
     parallel wrappers, adapters, autocast and compilation around the model keep working. Without `shaped`, nothing
@@ -85,7 +87,6 @@ def add_shaped_forward(model: PreTrainedModel) -> None:
     def forward(self: PreTrainedModel, *args: Any, shaped: Shaped | None = None, **kwargs: Any) -> Any:
         if shaped is None:
             return original(*args, **kwargs)
-        hidden_BLH = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state
-        return _uncompiled(shaped, self, hidden_BLH)
+        return _uncompiled(shaped, self, self.base_model(*args, **kwargs, use_cache=False))
 
     model.forward = types.MethodType(forward, model)

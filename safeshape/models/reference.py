@@ -5,7 +5,7 @@ V vocabulary.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from safeshape.models.head import Head, add_shaped_forward, project, read_head
 from safeshape.models.loading import evaluation_mode
@@ -22,14 +23,29 @@ from safeshape.types import MicroBatch
 REFERENCE_KINDS: tuple[str, ...] = ("auto", "adapter_off", "copy", "cached")
 
 
-def hidden_states(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Final hidden states (N, H) that predict the counted tokens; `model` takes `shaped=`."""
+# What else is read from the states of every layer in the same pass: (hidden states of each layer BLH, batch) -> (N,).
+Reader = Callable[[Sequence[torch.Tensor], MicroBatch], torch.Tensor]
 
-    def take(_: PreTrainedModel, hidden_BLH: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"hidden": hidden_BLH[:, :-1][batch.counted_BT.to(hidden_BLH.device)]}
 
-    states_NH: torch.Tensor = model(**batch.forward, shaped=take)["hidden"]
-    return states_NH
+@dataclass(frozen=True, kw_only=True)
+class States:
+    """Final hidden states (N, H) that predict the counted tokens, and what a reader made of all layers (N,)."""
+
+    hidden_NH: torch.Tensor
+    read_N: torch.Tensor | None = None
+
+
+def states_of(model: nn.Module, batch: MicroBatch, reader: Reader | None = None) -> States:
+    """One forward of a model that takes `shaped=`."""
+
+    def take(_: PreTrainedModel, output: BaseModelOutputWithPast) -> dict[str, torch.Tensor]:
+        last_BLH = output.last_hidden_state
+        found = {"hidden": last_BLH[:, :-1][batch.counted_BT.to(last_BLH.device)]}
+        return found if reader is None else {**found, "read": reader(output.hidden_states, batch)}
+
+    more = {} if reader is None else {"output_hidden_states": True}
+    found = model(**batch.forward, **more, shaped=take)
+    return States(hidden_NH=found["hidden"], read_N=found.get("read"))
 
 
 def counted_logits(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -49,10 +65,12 @@ class AdapterOff:
         with torch.no_grad(), evaluation_mode(policy), _adapted(unwrapped).disable_adapter():
             return counted_logits(policy, batch)
 
-    def hidden(self, policy: nn.Module, unwrapped: nn.Module, batch: MicroBatch) -> torch.Tensor:
-        """Reference hidden states (N, H) without gradient."""
+    def states(
+        self, policy: nn.Module, unwrapped: nn.Module, batch: MicroBatch, reader: Reader | None = None
+    ) -> States:
+        """Reference hidden states without gradient."""
         with torch.no_grad(), evaluation_mode(policy), _adapted(unwrapped).disable_adapter():
-            return hidden_states(policy, batch)
+            return states_of(policy, batch, reader)
 
     def head(self, unwrapped: nn.Module, model: PreTrainedModel) -> Head:
         """The reference's head; `model` is the policy's base, inside its forward."""
@@ -72,10 +90,12 @@ class Frozen:
         with torch.no_grad():
             return counted_logits(self.model, batch)
 
-    def hidden(self, policy: nn.Module, unwrapped: nn.Module, batch: MicroBatch) -> torch.Tensor:
-        """Reference hidden states (N, H) without gradient."""
+    def states(
+        self, policy: nn.Module, unwrapped: nn.Module, batch: MicroBatch, reader: Reader | None = None
+    ) -> States:
+        """Reference hidden states without gradient."""
         with torch.no_grad():
-            return hidden_states(self.model, batch)
+            return states_of(self.model, batch, reader)
 
     def head(self, unwrapped: nn.Module, model: PreTrainedModel) -> Head:
         """The reference's own head."""
@@ -99,16 +119,19 @@ class Cached:
     def logits(self, policy: nn.Module, unwrapped: nn.Module, batch: MicroBatch) -> torch.Tensor:
         """Reference logits (N, V) without gradient."""
         with torch.no_grad():
-            states_NH = self.hidden(policy, unwrapped, batch)
-            return project(self.head(unwrapped, causal_model(unwrapped)), states_NH)
+            states = self.states(policy, unwrapped, batch)
+            return project(self.head(unwrapped, causal_model(unwrapped)), states.hidden_NH)
 
-    def hidden(self, policy: nn.Module, unwrapped: nn.Module, batch: MicroBatch) -> torch.Tensor:
-        """Reference hidden states (N, H), as stored. Errors: ValueError for rows without stored states."""
+    def states(
+        self, policy: nn.Module, unwrapped: nn.Module, batch: MicroBatch, reader: Reader | None = None
+    ) -> States:
+        """Reference hidden states, as stored. Errors: ValueError for rows without stored states."""
         if batch.cache_index_N is not None:
-            return self.cache.gather(batch.cache_index_N)
+            read_N = None if reader is None else self.cache.beside(batch.cache_index_N)
+            return States(hidden_NH=self.cache.gather(batch.cache_index_N), read_N=read_N)
         if self.frozen_head is not None:
             raise ValueError("the stored reference has no states for these rows; use reference='copy' to evaluate them")
-        return self.live.hidden(policy, unwrapped, batch)
+        return self.live.states(policy, unwrapped, batch, reader)
 
     def head(self, unwrapped: nn.Module, model: PreTrainedModel) -> Head:
         """The reference's head."""
@@ -149,9 +172,9 @@ def choose_reference(
 ) -> str | nn.Module:
     """Which kind of reference `auto` means; every other `spec` is returned as it is.
 
-    `cached` where the states fit into half of the free disk and it saves something: for an adapter the reference pass
-    of every epoch after the first, else the memory of a second model. Otherwise `adapter_off` for an adapter, `copy`
-    for a full model. `cache_bytes`: None where the data cannot be stored (a stream).
+    `cached` where the states fit into half of the free disk and it saves something: for an adapter, with more than one
+    epoch, the reference pass of all but the first; else, with at least one, the memory of a second model. Otherwise
+    `adapter_off` for an adapter, `copy` for a full model. `cache_bytes`: None for a stream.
     Errors: ValueError for an unknown name, or `cached` for a stream.
     """
     if not isinstance(spec, str):
@@ -163,7 +186,7 @@ def choose_reference(
     if spec != "auto":
         return spec
     adapter = isinstance(model, PeftModel)
-    if cache_bytes is not None and cache_bytes <= free_bytes // 2 and (not adapter or epochs > 1):
+    if cache_bytes is not None and cache_bytes <= free_bytes // 2 and (epochs > 1 if adapter else epochs >= 1):
         return "cached"
     return "adapter_off" if adapter else "copy"
 
@@ -215,8 +238,8 @@ def verify_head(model: nn.Module, batch: MicroBatch) -> str | None:
         with torch.no_grad(), evaluation_mode(model):
             own_NV = counted_logits(model, batch)
 
-            def shaped(causal: PreTrainedModel, hidden_BLH: torch.Tensor) -> dict[str, torch.Tensor]:
-                return {"logits": project(read_head(causal), hidden_BLH[:, :-1][batch.counted_BT])}
+            def shaped(causal: PreTrainedModel, output: BaseModelOutputWithPast) -> dict[str, torch.Tensor]:
+                return {"logits": project(read_head(causal), output.last_hidden_state[:, :-1][batch.counted_BT])}
 
             read_NV = model(**batch.forward, shaped=shaped)["logits"]
     except (ValueError, AttributeError, TypeError) as error:

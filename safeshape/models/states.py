@@ -67,7 +67,7 @@ class StateCache:
         self.tokens_per_row = tokens_per_row
         self.shards = split_into_shards(tokens_per_row, hidden * self.dtype.itemsize, shard_bytes)
         self._ends = np.array([shard.end for shard in self.shards])
-        self._open: dict[int, torch.Tensor] = {}
+        self._open: dict[int, dict[str, torch.Tensor]] = {}
 
     @property
     def bytes(self) -> int:
@@ -92,11 +92,16 @@ class StateCache:
         about = {"key": self.key, "tokens": sum(self.tokens_per_row), "hidden": self.hidden, "dtype": str(self.dtype)}
         _write_whole(self.folder / "states.json", lambda path: path.write_text(json.dumps(about, indent=2) + "\n"))
 
-    def write(self, shard: Shard, states_NH: torch.Tensor) -> None:
-        """Store the states of one shard. Errors: ValueError when their number is not the shard's."""
+    def write(self, shard: Shard, states_NH: torch.Tensor, read_N: torch.Tensor | None = None) -> None:
+        """Store the states of one shard, and one number a token that was read from other layers in the same pass.
+
+        Errors: ValueError when their number is not the shard's.
+        """
         if states_NH.shape != (shard.end - shard.start, self.hidden):
             raise ValueError(f"shard {shard.number} holds {shard.end - shard.start} states of {self.hidden} channels")
         tensors = {"states": states_NH.to(self.dtype).cpu().contiguous()}
+        if read_N is not None:
+            tensors["read"] = read_N.float().cpu().contiguous()
         _write_whole(self.path(shard), lambda path: save_file(tensors, path))
 
     def write_head(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -113,26 +118,39 @@ class StateCache:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def gather(self, index_N: torch.Tensor) -> torch.Tensor:
-        """The states at these places, shape (N, H), on the device of the index. Only their pages are read."""
+        """The states (N, H) at these places, on the index's device; only their pages are read from the disk."""
+        return self._select("states", index_N)
+
+    def beside(self, index_N: torch.Tensor) -> torch.Tensor:
+        """What was read in the same pass for the tokens at these places, (N,). Errors: KeyError where nothing was."""
+        return self._select("read", index_N)
+
+    def _select(self, name: str, index_N: torch.Tensor) -> torch.Tensor:
         places = index_N.cpu().numpy()
-        states_NH = torch.empty(len(places), self.hidden, dtype=self.dtype)
         numbers = np.searchsorted(self._ends, places, side="right")
+        parts, order = [], []
         for number in np.unique(numbers):
             here = np.flatnonzero(numbers == number)
             local = torch.from_numpy(places[here] - self.shards[number].start)
-            states_NH[torch.from_numpy(here)] = self._mapped(int(number)).index_select(0, local)
-        return states_NH.to(index_N.device)
+            parts.append(self._mapped(int(number))[name].index_select(0, local))
+            order.append(here)
+        if not parts:
+            return torch.empty(0, self.hidden, dtype=self.dtype, device=index_N.device)
+        back = torch.from_numpy(np.argsort(np.concatenate(order)))
+        return torch.cat(parts)[back].to(index_N.device)
 
-    def _mapped(self, number: int) -> torch.Tensor:
+    def _mapped(self, number: int) -> dict[str, torch.Tensor]:
         if number not in self._open:
             with safe_open(self.path(self.shards[number]), framework="pt") as file:
-                self._open[number] = file.get_tensor("states")
+                self._open[number] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return self._open[number]
 
     def remove(self) -> None:
-        """Delete the folder; the states cannot be gathered afterwards."""
+        """Delete the states, and the folder around them if nothing else is in it."""
         self._open.clear()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.folder)
+        if not any(self.folder.parent.iterdir()):
+            self.folder.parent.rmdir()
 
 
 def _write_whole(path: Path, write: Any) -> None:

@@ -3,6 +3,7 @@
 Logistic regression on hidden states of the prompt. Shape suffixes: B prompts, F features.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -61,23 +62,21 @@ def features(
             rows = order[begin : begin + batch_size]
             width = max(len(ids[row]) for row in rows)
             padded = torch.tensor([ids[row] + [0] * (width - len(ids[row])) for row in rows], device=model.device)
-            mask = torch.tensor(
-                [[1] * len(ids[row]) + [0] * (width - len(ids[row])) for row in rows], device=model.device
-            )
+            lengths = torch.tensor([len(ids[row]) for row in rows], device=model.device)
+            mask = (torch.arange(width, device=model.device) < lengths[:, None]).long()
             states = model.get_decoder()(
                 input_ids=padded, attention_mask=mask, use_cache=False, output_hidden_states=True
             ).hidden_states
-            pooled = [_pool(states[layer], mask, pooling) for layer in layers]
-            found[rows] = torch.cat(pooled, dim=-1).float().cpu().numpy()
+            for place, row in enumerate(rows):
+                one = [pooled(states[layer][place, : len(ids[row])], pooling) for layer in layers]
+                found[row] = torch.cat(one).float().cpu().numpy()
             progress(min(begin + batch_size, len(order)), len(order))
     return found
 
 
-def _pool(states_BLH: torch.Tensor, mask_BL: torch.Tensor, pooling: Pooling) -> torch.Tensor:
-    if pooling == "last":
-        return states_BLH[torch.arange(len(states_BLH)), mask_BL.sum(-1) - 1]
-    weights_BL1 = mask_BL[..., None].to(states_BLH)
-    return (states_BLH * weights_BL1).sum(1) / weights_BL1.sum(1)
+def pooled(states_LH: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+    """One vector (H,) for the hidden states of a prompt: its last token's, or the mean over its tokens."""
+    return states_LH[-1] if pooling == "last" else states_LH.mean(0)
 
 
 def _loaded(
@@ -92,14 +91,18 @@ def _loaded(
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """A fitted probe with the model it reads. `weight_F`, `bias`: on raw features, standardisation folded in."""
+    """A fitted probe and, unless only its weights were loaded, the model it reads.
+
+    `weight_F`, `bias`: on raw features, standardisation folded in. `model_name`: the model it was fitted on.
+    """
 
     weight_F: Features
     bias: float
     layers: tuple[int, ...]
     pooling: Pooling
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase | None
+    model_name: str
 
     @classmethod
     def fit(
@@ -131,14 +134,28 @@ class Probe:
         weight_F = (regression.coef_[0] / scaler.scale_).astype(np.float32)
         bias = float(regression.intercept_[0] - (regression.coef_[0] * scaler.mean_ / scaler.scale_).sum())
         return cls(
-            weight_F=weight_F, bias=bias, layers=tuple(layers), pooling=pooling, model=reader, tokenizer=tokenizer
+            weight_F=weight_F,
+            bias=bias,
+            layers=tuple(layers),
+            pooling=pooling,
+            model=reader,
+            tokenizer=tokenizer,
+            model_name=str(reader.config._name_or_path),
         )
 
     def p_safe(self, prompts: Sequence[Prompt]) -> list[float]:
-        """1 minus the probability that a prompt is harmful, in the order of the prompts."""
+        """1 minus the probability that a prompt is harmful, in the order of the prompts.
+
+        Errors: ValueError for a probe that was loaded without its model.
+        """
+        if self.model is None or self.tokenizer is None:
+            raise ValueError("this probe was loaded without its model; it scores in training only")
         x_BF = features(prompts, model=self.model, tokenizer=self.tokenizer, layers=self.layers, pooling=self.pooling)
-        margin_B = torch.from_numpy(x_BF @ self.weight_F + self.bias)
-        return [float(value) for value in torch.sigmoid(-margin_B)]
+        return [float(value) for value in self.p_safe_of(torch.from_numpy(x_BF))]
+
+    def p_safe_of(self, x_BF: torch.Tensor) -> torch.Tensor:
+        """1 minus the probability of harm for features (B, F)."""
+        return torch.sigmoid(-(x_BF @ torch.from_numpy(self.weight_F).to(x_BF) + self.bias))
 
     def score_many(self, conversations: Iterable[Sequence[Message]], *, window: int = 256) -> Iterator[Score]:
         """Score a stream of conversations by their prompts: all messages but the last."""
@@ -157,7 +174,7 @@ class Probe:
 
     def identity(self) -> dict[str, Any]:
         """What made a score."""
-        return {"model": self.model.config._name_or_path, "layers": list(self.layers), "pooling": self.pooling}
+        return {"model": self.model_name, "layers": list(self.layers), "pooling": self.pooling}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `probe.safetensors` and `probe.json`; the model itself is not saved."""
@@ -173,23 +190,38 @@ class Probe:
         *,
         model: str | PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        weights_only: bool = False,
     ) -> "Probe":
-        """Load a probe and, unless given, the model it was fitted on.
+        """Load a probe and, unless given or `weights_only`, the model it was fitted on.
 
         Errors: ValueError when the model's size does not fit, or a loaded model comes without its tokenizer.
         """
         path = Path(folder)
         settings = json.loads((path / "probe.json").read_text())
         tensors = load_file(path / "probe.safetensors")
-        reader, tokenizer = _loaded(settings["model"] if model is None else model, tokenizer)
-        wanted = len(settings["layers"]) * int(reader.config.hidden_size)
-        if len(tensors["weight_F"]) != wanted:
-            raise ValueError(f"the probe has {len(tensors['weight_F'])} weights, this model gives {wanted} features")
-        return cls(
+        reader: PreTrainedModel | None = None
+        if not weights_only:
+            reader, tokenizer = _loaded(settings["model"] if model is None else model, tokenizer)
+        probe = cls(
             weight_F=tensors["weight_F"],
             bias=float(tensors["bias"][0]),
             layers=tuple(settings["layers"]),
             pooling=settings["pooling"],
             model=reader,
             tokenizer=tokenizer,
+            model_name=settings["model"] if reader is None else str(reader.config._name_or_path),
         )
+        if reader is not None:
+            probe.check_fits(reader)
+        return probe
+
+    def check_fits(self, model: PreTrainedModel) -> None:
+        """Errors: ValueError when a model gives another number of features than the probe has weights."""
+        wanted = len(self.layers) * int(model.config.get_text_config().hidden_size)
+        if len(self.weight_F) != wanted:
+            raise ValueError(f"the probe has {len(self.weight_F)} weights, this model gives {wanted} features")
+
+    def fingerprint(self) -> str:
+        """SHA-256 over what decides its scores but the model."""
+        settings = json.dumps([self.layers, self.pooling, self.bias])
+        return hashlib.sha256(settings.encode() + np.ascontiguousarray(self.weight_F).tobytes()).hexdigest()
