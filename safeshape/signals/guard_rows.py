@@ -190,7 +190,7 @@ def label_ids(row: GuardRow, tokenizer: PreTrainedTokenizerBase) -> tuple[int, .
         ids = _after(tokenizer, row.anchor + _answer_text(row, path), label)
         if not ids:
             raise ValueError(f"guard label {label!r} melts into the text before it, {_answer_text(row, path)!r}")
-        if tokenizer.unk_token_id in ids:
+        if tokenizer.decode(ids).strip().casefold() != label.strip().casefold():
             raise ValueError(f"guard label {label!r} is not in this guard's vocabulary")
         if len(ids) > 1 and not row.first_token:
             raise ValueError(
