@@ -11,6 +11,7 @@ from guard_templates import KINDS, guard_model, guard_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
+from transformers import Llama4Config, Llama4ForConditionalGeneration
 
 import safeshape
 from safeshape.signals.guard_rows import GUARDS, GuardRow, fingerprint, p_safe_of, render, row_of
@@ -182,6 +183,22 @@ def test_template_rejections_are_one_sentence():
     with pytest.raises(ValueError, match="rejects the conversation: can only concatenate str"):
         render(GUARDS["llama-guard-3-1b"], guard_tokenizer("granite-guardian-4.1"), MESSAGES, "a")
     assert render(GUARDS["llama-guard-3"], plain, MESSAGES, "one two") == LLAMA
+
+
+def test_llama_guard_4_loads_from_a_folder_of_the_multimodal_model(tmp_path):
+    text = {**guard_model("llama-guard-4").config.to_dict(), "attention_chunk_size": None}  # as its checkpoint has it
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
+    vision |= {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
+    whole = Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=vision)).eval()
+    whole.save_pretrained(tmp_path)
+    tokenizer = guard_tokenizer("llama-guard-4")
+    tokenizer.save_pretrained(tmp_path)
+    guard = load_guard("llama-guard-4", model=str(tmp_path))
+    assert guard.model.config.attention_chunk_size == 8192
+    whole.config.text_config.attention_chunk_size = 8192
+    found = next_probabilities(whole, encoded(tokenizer, TEXTS["llama-guard-4"], "\n\n"))
+    safe, unsafe = (found[tokenizer.convert_tokens_to_ids(label)] for label in ("safe", "unsafe"))
+    assert guard.p_safe([TEXTS["llama-guard-4"]]) == pytest.approx([safe / (safe + unsafe)], abs=1e-4)
 
 
 # ---- label logits to p_safe
@@ -396,7 +413,7 @@ def test_a_row_from_a_yaml_file(tmp_path):
         ({"debounce": 0}, "debounce must be at least 1, got 0"),
         ({"monotone": True}, "debounce and monotone are for kind stream, and this row's kind is labels"),
         ({"one_pass": True}, "one_pass is for kind classifier"),
-        ({"kind": "stream", "sharpen": True}, "answer_prefix and sharpen are for kind labels"),
+        ({"kind": "stream", "sharpen": True}, "answer_prefix, sharpen and config are for kind labels, not for stream"),
         ({"sharpen": {"temperature": 0}}, "temperature must be above 0, got 0"),
         ({"sharpen": {"top_p": 2}}, r"top_p must be in \(0, 1\], got 2"),
         ({"sharpen": {"top_q": 2}}, "sharpen"),
