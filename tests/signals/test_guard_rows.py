@@ -167,6 +167,9 @@ def test_wildguard_sums_its_first_two_answers_out():
             total += chance * third
     assert guard.p_safe([TEXTS["wildguard"]]) == pytest.approx([total], abs=1e-4)
     assert len(guard.suffixes) == 7
+    alone = [guard.p_safe([TEXTS["wildguard"].replace("one two", partial)])[0] for partial in PARTIALS]
+    assert [span.p_safe for span in guard.score(MESSAGES, chunk=1)] == pytest.approx(alone, abs=1e-5)
+    assert max(alone) - min(alone) > 1e-3
 
 
 def test_wildguard_sees_one_exchange():
