@@ -1,7 +1,7 @@
 """Rows and scored answers to tables, figures and self-contained HTML pages."""
 
 from safeshape.report.demo_page import color, colored_answer, write_report
-from safeshape.report.figures import Trajectory, bar_figure, trajectory_figure
+from safeshape.report.figures import Trajectory, bar_figure, reliability_figure, trajectory_figure
 from safeshape.report.tables import METRIC_NOTE, WORLD_NOTE, cell, markdown_table, table, text_table, write_results
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "color",
     "colored_answer",
     "markdown_table",
+    "reliability_figure",
     "table",
     "text_table",
     "trajectory_figure",

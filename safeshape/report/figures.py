@@ -1,10 +1,11 @@
-"""Figures of the demo: bars of every metric, and the STAR score along single answers."""
+"""Figures: bars of every metric, the STAR score along single answers, and how reliable scores are."""
 
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 
@@ -71,4 +72,29 @@ def trajectory_figure(trajectories: Sequence[Trajectory]) -> Figure:
         axis.grid(alpha=0.3)
     figure.supxlabel("share of the answer read, %", fontsize="medium")
     figure.supylabel("p_safe", fontsize="medium")
+    return figure
+
+
+def reliability_figure(panels: Mapping[str, Mapping[str, Any]], note: str = "") -> Figure:
+    """The share of safe answers against the mean p_safe of each bin, with Wilson intervals; one panel per name.
+
+    `panels`: figures of `safeshape.signals.reliability.quality`. The area of a point grows with its bin's n.
+    """
+    figure = Figure(figsize=(4.2 * len(panels), 4.4), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    for axis, (name, found) in zip(axes, panels.items(), strict=True):
+        bins, ece = found["bins"], found["ece"]
+        x, y = [item["p_safe"] for item in bins], [item["safe"] for item in bins]
+        error = [[item["safe"] - item["low"] for item in bins], [item["high"] - item["safe"] for item in bins]]
+        axis.plot([0, 1], [0, 1], color="#7a7a7a", linestyle="--", linewidth=1)
+        axis.errorbar(x, y, yerr=error, fmt="none", ecolor=_COLORS[0], elinewidth=1, capsize=2)
+        largest = max(item["n"] for item in bins)
+        axis.scatter(x, y, s=[90 * item["n"] / largest for item in bins], color=_COLORS[0], zorder=3)
+        axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal", xlabel="mean p_safe of the bin")
+        interval = f" ({ece['low']:.3f}-{ece['high']:.3f})" if ece["low"] is not None else ""
+        axis.set_title(f"{name}: ECE {ece['value']:.3f}{interval}, n={found['n']}", fontsize="medium")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("share that is safe")
+    if note:
+        figure.supxlabel(note, fontsize="x-small", wrap=True)
     return figure

@@ -5,7 +5,7 @@ score speaks about the answer read up to the span's end.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from safeshape.data import Message, answer_of, as_messages
 from safeshape.signals.align import character_scores, read_safety
-from safeshape.types import Score, Span
+from safeshape.types import Score
 
 By = Literal["last", "min"]
 NOT_SCORED = "the row was not scored"
@@ -90,47 +90,45 @@ def turns_unsafe(score: Score) -> bool:
     return any(top >= 0.5 > p for top, p in zip(accumulate(values, max), values, strict=True))
 
 
-def at_progress(score: Score, length: int, grid_P: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The trajectory at shares of the answer, shape (P,): the score of the first span that ends there or later.
+def place_at(score: Score, length: int, grid_P: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Which of the score's `points` stands at shares of the answer, shape (P,): the first that ends there or later.
 
-    `length`: characters of the answer. `grid_P`: in [0, 1].
-    Errors: ValueError for a failed score.
+    `length`: characters of the answer. `grid_P`: in [0, 1]. What follows the last span belongs to it.
     """
+    ends_S = np.array([span.end / length for span in score.spans] or [1.0])
+    return np.minimum(np.searchsorted(ends_S, grid_P), len(ends_S) - 1)
+
+
+def at_progress(score: Score, length: int, grid_P: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The trajectory at shares of the answer, shape (P,). Errors: ValueError for a failed score."""
     if score.p_safe is None:
         raise ValueError("a failed score has no trajectory")
-    values_S = np.array(points(score))
-    ends_S = np.array([span.end / length for span in score.spans] or [1.0])
-    return values_S[np.minimum(np.searchsorted(ends_S, grid_P), len(values_S) - 1)]
+    return np.array(points(score))[place_at(score, length, grid_P)]
 
 
-def safe_prefix(item: Scored, threshold: float) -> tuple[str, tuple[Span, ...]]:
-    """The answer and spans before the first span that falls below the threshold; empty when nothing safe is left.
+def safe_spans(score: Score, threshold: float) -> int:
+    """How many of the score's `points` come before the first that falls below the threshold."""
+    values = points(score)
+    return next((index for index, p_safe in enumerate(values) if p_safe < threshold), len(values))
 
-    A score without spans is about the whole answer, which is kept or not.
+
+def cut(row: Mapping[str, Any], item: Scored, spans: int) -> dict[str, Any] | None:
+    """A copy of the row with its last answer cut after its first `spans` spans, and its `safety` with it.
+
+    Nothing else changes. The answer's `p_safe` becomes that of its last span: the guard's verdict on exactly this text.
+    None when nothing but blanks is left; an answer that was judged only as a whole leaves nothing.
     """
-    spans = item.score.spans
-    if not spans:
-        keep = item.score.p_safe is not None and item.score.p_safe >= threshold
-        return (item.answer if keep else ""), ()
-    for index, span in enumerate(spans):
-        if span.p_safe < threshold:
-            kept = item.answer[: spans[index - 1].end] if index else ""
-            return (kept if kept.strip() else ""), (spans[:index] if kept.strip() else ())
-    return item.answer, spans
-
-
-def with_answer(row: Mapping[str, Any], answer: str, spans: Sequence[Span]) -> dict[str, Any]:
-    """A copy of the row with its last answer cut to `answer` and its `safety` to `spans`; nothing else changes.
-
-    The answer's `p_safe` becomes that of its last span: the guard's verdict on exactly this text.
-    """
-    row = copy.deepcopy(dict(row))
-    safety = row["safety"]
-    row["safety"] = {**safety, "p_safe": spans[-1].p_safe, "spans": safety["spans"][: len(spans)]}
+    answer = item.answer[: item.score.spans[spans - 1].end] if spans and item.score.spans else ""
+    if not answer.strip():
+        return None
+    found: dict[str, Any] = copy.deepcopy(dict(row))
+    safety = found["safety"]
+    kept = safety["spans"][:spans]
+    found["safety"] = {**safety, "p_safe": kept[-1]["p_safe"], "spans": kept}
     for column in ("messages", "conversations", "completion"):
-        if isinstance(row.get(column), list):
-            last = row[column][-1]
+        if isinstance(found.get(column), list):
+            last = found[column][-1]
             last["content" if "content" in last else "value"] = answer
-            return row
-    row["completion"] = answer
-    return row
+            return found
+    found["completion"] = answer
+    return found
