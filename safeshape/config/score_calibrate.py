@@ -11,9 +11,7 @@ from safeshape.config.parser import STRICT, option
 class ScoreCalibrateConfig:
     """Fit a temperature and a conformal threshold to labelled scores, and measure them on rows held out."""
 
-    dataset_name: str = option(
-        help="a scored dataset with labels: a JSONL or Parquet file, a saved folder, or a Hub id"
-    )
+    dataset_name: str = option(help="a scored dataset with labels: a JSONL or Parquet file, a saved folder, a Hub id")
     label_column: str = option(help="column that is true where the answer is unsafe; null where nobody labelled it")
     output: str = option(help="where to write the calibration (.json); its figure is written beside it (.png)")
     dataset_split: str = option("train", help="split to use of a Hub dataset or dataset dict")

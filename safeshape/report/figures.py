@@ -80,7 +80,7 @@ def reliability_figure(panels: Mapping[str, Mapping[str, Any]], note: str = "") 
 
     `panels`: figures of `safeshape.signals.reliability.quality`. The area of a point grows with its bin's n.
     """
-    figure = Figure(figsize=(4.2 * len(panels), 4.4), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(panels), 4.9), layout="constrained")
     axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     for axis, (name, found) in zip(axes, panels.items(), strict=True):
         bins, ece = found["bins"], found["ece"]
@@ -92,7 +92,7 @@ def reliability_figure(panels: Mapping[str, Mapping[str, Any]], note: str = "") 
         axis.scatter(x, y, s=[90 * item["n"] / largest for item in bins], color=_COLORS[0], zorder=3)
         axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal", xlabel="mean p_safe of the bin")
         interval = f" ({ece['low']:.3f}-{ece['high']:.3f})" if ece["low"] is not None else ""
-        axis.set_title(f"{name}: ECE {ece['value']:.3f}{interval}, n={found['n']}", fontsize="medium")
+        axis.set_title(f"{name}: ECE {ece['value']:.3f}{interval}, n={found['n']}", fontsize="small")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("share that is safe")
     if note:

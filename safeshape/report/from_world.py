@@ -7,22 +7,15 @@ from typing import Any
 from safeshape import world
 
 
-def is_world(scorer: Mapping[str, Any]) -> bool:
-    """Whether a scorer's identity names the world's guard or a model the world ships, at any depth of it.
+def is_world(scorer: Any) -> bool:
+    """Whether a scorer's identity names a model the world ships, at any depth of it.
 
-    A shipped model is known by its folder, also where another installation wrote the scores.
+    A shipped model is known by the end of its folder's path, also where another installation wrote the scores.
     """
-    folder = PurePath(world.ASSETS).parts[-3:]
-
-    def known(name: str, value: Any) -> bool:
-        if isinstance(value, Mapping):
-            return any(known(inner, item) for inner, item in value.items())
-        if isinstance(value, list | tuple):
-            return any(known(name, item) for item in value)
-        if not isinstance(value, str):
-            return False
-        if name == "guard" and value == "world":
-            return True
-        return value.startswith("world:") or PurePath(value).parts[-4:-1] == folder
-
-    return known("", scorer)
+    if isinstance(scorer, Mapping):
+        return any(is_world(value) for value in scorer.values())
+    if isinstance(scorer, list | tuple):
+        return any(is_world(value) for value in scorer)
+    if not isinstance(scorer, str):
+        return False
+    return scorer.startswith("world:") or PurePath(scorer).parts[-4:-1] == PurePath(world.ASSETS).parts[-3:]

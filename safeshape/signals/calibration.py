@@ -205,7 +205,7 @@ def false_negative_upper(n_unsafe: int, alpha: float) -> float:
 
 
 def calibrated(scores: Iterable[Score], calibration: Calibration) -> Iterator[Score]:
-    """The scores with every p_safe mapped, and the calibration's hash in their scorer's identity; failures stay failures.
+    """The scores, every p_safe mapped, with the calibration's hash in their scorer's identity; failures stay failures.
 
     Errors: ValueError that names the row whose scorer is not the one it was fitted for, or is calibrated already.
     """

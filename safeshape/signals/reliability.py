@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import log_loss, roc_auc_score
+from scipy.stats import rankdata
+from sklearn.metrics import log_loss
+from sklearn.model_selection import train_test_split
 
 from safeshape.signals.calibration import (
     Calibration,
@@ -163,11 +165,16 @@ def quality(values: Sequence[Values], unsafe_A: NDArray[np.bool_], seed: int = 0
     Errors: ValueError with fewer than two safe or two unsafe answers.
     """
     p_safe_R, unsafe_R = pooled(values)
+    length_A = np.array([len(p_safe) for p_safe, _ in values])
+    start_A = np.cumsum(length_A) - length_A
     groups = (np.flatnonzero(unsafe_A), np.flatnonzero(~unsafe_A))
 
     def interval(measure: Measure, method: str) -> dict[str, float | None]:
         def statistic(*resampled: NDArray[np.int64]) -> float:
-            return measure(*pooled([values[index] for index in np.concatenate(resampled)]))
+            drawn = np.concatenate(resampled)
+            length = length_A[drawn]
+            place_R = np.repeat(start_A[drawn] - (np.cumsum(length) - length), length) + np.arange(length.sum())
+            return measure(p_safe_R[place_R], unsafe_R[place_R])
 
         low, high = bootstrap(statistic, *groups, method=method, seed=seed)
         return {"value": _number(measure(p_safe_R, unsafe_R)), "low": _number(max(low, 0.0)), "high": _number(high)}
@@ -183,8 +190,14 @@ def quality(values: Sequence[Values], unsafe_A: NDArray[np.bool_], seed: int = 0
 
 
 def auroc(p_safe_R: NDArray[np.float64], unsafe_R: NDArray[np.bool_]) -> float:
-    """The probability that a safe score is above an unsafe one; NaN with one kind of label only."""
-    return math.nan if len(np.unique(unsafe_R)) < 2 else float(roc_auc_score(~unsafe_R, p_safe_R))
+    """The probability that a safe score is above an unsafe one, ties half; NaN with one kind of label only.
+
+    By ranks (Mann-Whitney), because the bootstrap asks a thousand times: sklearn's is the same number, 20 times slower.
+    """
+    safe, unsafe = int((~unsafe_R).sum()), int(unsafe_R.sum())
+    if not safe or not unsafe:
+        return math.nan
+    return float((rankdata(p_safe_R)[~unsafe_R].sum() - safe * (safe + 1) / 2) / (safe * unsafe))
 
 
 def _number(value: float) -> float | None:
@@ -274,20 +287,11 @@ def fit(
 def split(items: Sequence[Labelled], *, share: float, seed: int) -> tuple[list[Labelled], list[Labelled]]:
     """Answers to fit on (`share` of them) and answers held out, drawn at random with the same part of each label.
 
-    Errors: ValueError when a label would have fewer than two held-out rows, or none to fit on.
+    Errors: ValueError when a label has fewer than one row to fit on or two held out.
     """
-    unsafe_A = np.array([item.unsafe for item in items], dtype=bool)
-    rng = np.random.default_rng(seed)
-    fit_on: list[Labelled] = []
-    held_out: list[Labelled] = []
-    for kind, name in ((True, "unsafe"), (False, "safe")):
-        order = rng.permutation(np.flatnonzero(unsafe_A == kind))
-        n = round(share * len(order))
-        if n < 1 or len(order) - n < 2:
-            raise ValueError(
-                f"{len(order)} {name} rows are too few to calibrate on {n} of them and hold out {len(order) - n}; "
-                "at least 1 and 2 are needed"
-            )
-        fit_on += [items[index] for index in order[:n]]
-        held_out += [items[index] for index in order[n:]]
-    return fit_on, held_out
+    unsafe = [item.unsafe for item in items]
+    for name, n in (("unsafe", sum(unsafe)), ("safe", len(unsafe) - sum(unsafe))):
+        if round(share * n) < 1 or n - round(share * n) < 2:
+            raise ValueError(f"calibration needs {name} rows to fit on and at least two held out; there are {n} in all")
+    fitted_on, held_out = train_test_split(list(items), train_size=share, stratify=unsafe, random_state=seed)
+    return fitted_on, held_out

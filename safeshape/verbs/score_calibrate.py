@@ -24,13 +24,13 @@ def main(argv: Sequence[str]) -> str:
 
     rows = list(scored_rows(config.dataset_name, config.dataset_split))
     items, left_out = labelled(rows, label_column=config.label_column, span_labels=config.span_labels)
+    fitted_on, held_out = split(items, share=config.calibration_share, seed=config.seed)
     scorers = [identity(item.score.scorer) for item in items]
     for scorer in scorers:
         if scorer != scorers[0]:
             raise ValueError(f"the rows were scored by different scorers: {scorers[0]} and {scorer}")
         if "calibration" in scorer:
             raise ValueError("the scores are calibrated already; calibrate what the guard itself gave")
-    fitted_on, held_out = split(items, share=config.calibration_share, seed=config.seed)
     calibration, has_temperature = fit(
         fitted_on, alpha=config.alpha, by=config.by, scorer=scorers[0], data_sha256=rows_sha256(rows)
     )
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> str:
 
 def _table(before: Mapping[str, Any], after: Mapping[str, Any], kind: str) -> list[str]:
     """Figures before and after on held-out rows, then the error rates along the answer (the first twelve places)."""
-    lines = [("held-out rows", "before (0.5)", "after (threshold)")]
+    lines: list[tuple[str, ...]] = [("held-out rows", "before (0.5)", "after (threshold)")]
     for name in ("auroc", "ece"):
         lines.append((f"{name} of {kind}", *(_shown(found[kind][name], 1, ".3f") for found in (before, after))))
     for name in ("false_negative", "false_positive"):
