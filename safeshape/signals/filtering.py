@@ -14,9 +14,9 @@ Outcome = Literal["kept", "cut", "dropped", "failed"]
 class Filter:
     """What to keep.
 
-    `drop_below`: drop an answer whose score (`by`: its lowest or its last) is below. `keep_prefix`: cut an answer before
-    the first span below, and drop it when nothing is left. `calibration`: read calibrated scores, and drop an answer
-    that its threshold flags. `keep_failed`: whether rows without a score stay.
+    `drop_below`: drop an answer whose score (`by`: its lowest or its last) is below. `keep_prefix`: cut an answer
+    before the first span below, and drop it when nothing is left. `calibration`: read calibrated scores, and drop an
+    answer that its threshold flags. `keep_failed`: whether rows without a score stay.
     """
 
     drop_below: float | None = None

@@ -1,13 +1,17 @@
 """`safeshape score export`."""
 
+from __future__ import annotations
+
 import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safeshape.config import ScoreExportConfig, parse
-from safeshape.signals.filtering import Filter, apply_filter
+
+if TYPE_CHECKING:
+    from safeshape.signals.filtering import Filter
 
 
 def main(argv: Sequence[str]) -> str:
@@ -17,6 +21,7 @@ def main(argv: Sequence[str]) -> str:
     if output.exists():
         raise ValueError(f"output {output} exists already")
     from safeshape.signals.calibration import Calibration
+    from safeshape.signals.filtering import Filter
     from safeshape.verbs.scored_rows import is_json_lines
 
     calibration = None if config.calibration is None else Calibration.from_file(config.calibration)
@@ -97,6 +102,8 @@ def _dataset(config: ScoreExportConfig, output: Path, wanted: Filter) -> Counter
 
 
 def _apply(row: dict[str, Any], index: int, wanted: Filter, found: Counter[str]) -> Any:
+    from safeshape.signals.filtering import apply_filter
+
     try:
         outcome, kept = apply_filter(row, wanted)
     except ValueError as error:
