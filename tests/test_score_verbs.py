@@ -256,9 +256,9 @@ def test_scores_that_carry_the_calibration_are_not_mapped_again(tmp_path):
     "flags", [["--alpha", "0.3"], ["--by", "min"], ["--seed", "5"], ["--calibration_share", "0.3"]]
 )
 def test_every_knob_of_calibrate_changes_what_is_fitted(tmp_path, flags):
-    rows = labelled_rows(300)
+    rows = labelled_rows(160)
     for place, each in enumerate(rows):
-        each["safety"]["spans"][0]["p_safe"] = place / 300
+        each["safety"]["spans"][0]["p_safe"] = place / 160
     name = write(tmp_path / "s.jsonl", rows)
     common = ["--dataset_name", name, "--label_column", "unsafe"]
     calibrate([*common, "--output", str(tmp_path / "a.json")])

@@ -74,7 +74,7 @@ def test_one_row_has_a_line_without_a_band_and_no_row_has_neither():
     ]
 
 
-@pytest.mark.parametrize("name", ["$x$ $", "_hidden", "a" * 200, "line\nbreak \ud800", ""])
+@pytest.mark.parametrize("name", ["$x$", r"$\nope{$", "_hidden", "a" * 200, "line\nbreak \ud800", ""])
 def test_every_group_name_can_be_drawn(tmp_path, name):
     groups = [mean_trajectory(name, [item(0.9, 0.1)])]
     write_progress(tmp_path / "p.png", groups, scorers=[], world=False)

@@ -160,8 +160,9 @@ def quality(values: Sequence[Values], unsafe_A: NDArray[np.bool_], seed: int = 0
     """AUROC and ECE with bootstrap intervals, log loss and bins of the pooled scores of answers.
 
     Answers are resampled with all their scores, unsafe and safe ones apart. The interval of ECE is the basic one, cut
-    off at 0: a resample repeats rows and looks worse calibrated than its source. None stands where a number does not
-    exist, as AUROC with one kind of label only.
+    off at 0: a resample repeats rows and looks worse calibrated than its source. In simulation it held a true error of
+    0.09 in 86 to 95 % of draws, but one of 0 in 51 to 64 % only (the percentile interval: in none). None stands where a
+    number does not exist, as AUROC with one kind of label only.
     Errors: ValueError with fewer than two safe or two unsafe answers.
     """
     p_safe_R, unsafe_R = pooled(values)

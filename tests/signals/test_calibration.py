@@ -115,7 +115,8 @@ def test_data_without_a_best_temperature_are_told_apart():
 
 
 @pytest.mark.parametrize(
-    ("n", "alpha", "rank"), [(19, 0.05, 19), (20, 0.05, 20), (38, 0.05, 38), (39, 0.05, 38), (9, 0.1, 9), (10, 0.5, 6)]
+    ("n", "alpha", "rank"),
+    [(19, 0.05, 19), (20, 0.05, 20), (38, 0.05, 38), (39, 0.05, 38), (9, 0.1, 9), (9, 0.3, 7), (10, 0.5, 6)],
 )
 def test_the_rank_is_the_ceiling_of_n_plus_one_times_one_minus_alpha(n, alpha, rank):
     assert conformal_rank(n, alpha) == rank

@@ -41,6 +41,8 @@ def test_a_trajectory_has_its_end_its_lowest_point_its_fall_and_its_turn():
     rising = scored(row(0.2, 0.6, 0.9)).score
     assert largest_drop(rising) == 0
     assert not turns_unsafe(rising)
+    assert turns_unsafe(scored(row(0.5, 0.49)).score)
+    assert not turns_unsafe(scored(row(0.6, 0.5)).score)
 
 
 def test_the_largest_fall_is_over_all_pairs():
