@@ -1,0 +1,50 @@
+"""Rows of a scored dataset for the verbs that look at it."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+def scored_rows(name: str, split: str = "train") -> Iterator[dict[str, Any]]:
+    """The rows of a dataset in order. JSON lines are read one by one, as written; anything else as for training.
+
+    As written matters: the dataset reader turns dates into timestamps and refuses lone surrogates.
+    Errors: ValueError that names the file, and its line where one is not a JSON object.
+    """
+    if not is_json_lines(name):
+        from safeshape.sources import read_dataset
+
+        yield from read_dataset(name, split)
+        return
+    for _, row in json_lines(name):
+        yield row
+
+
+def is_json_lines(name: str) -> bool:
+    """Whether the dataset is a file of JSON lines."""
+    return Path(name).suffix == ".jsonl" and Path(name).is_file()
+
+
+def json_lines(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line of a JSONL file with the object in it; blank lines are passed over."""
+    with Path(name).open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{name}: line {number} is not valid JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{name}: line {number} is not a JSON object")
+            yield line, row
+
+
+def rows_sha256(rows: Iterable[dict[str, Any]]) -> str:
+    """A SHA-256 over rows in order, with their columns."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()

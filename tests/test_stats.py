@@ -1,0 +1,55 @@
+"""Bootstrap intervals: numbers that can be checked by hand, and how often they cover the truth."""
+
+import numpy as np
+import pytest
+
+from safeshape.stats import bootstrap, mean_band
+
+
+def test_a_bootstrap_interval_of_a_mean_is_the_normal_one_for_many_rows():
+    values = np.random.default_rng(0).normal(3, 2, size=2000)
+    low, high = bootstrap(lambda drawn: float(drawn.mean()), values, resamples=4000)
+    half = 1.96 * values.std() / 2000**0.5
+    assert low == pytest.approx(values.mean() - half, abs=0.01)
+    assert high == pytest.approx(values.mean() + half, abs=0.01)
+
+
+def test_the_basic_interval_mirrors_the_percentile_one_at_the_estimate():
+    values = np.random.default_rng(1).exponential(size=40)
+
+    def mean(drawn):
+        return float(drawn.mean())
+
+    low, high = bootstrap(mean, values, seed=3)
+    basic_low, basic_high = bootstrap(mean, values, method="basic", seed=3)
+    assert (basic_low, basic_high) == pytest.approx((2 * values.mean() - high, 2 * values.mean() - low))
+
+
+def test_groups_are_resampled_within_themselves():
+    # The first group is constant, so all spread comes from the second: 1 + mean of {0, 1} drawn twice.
+    low, high = bootstrap(lambda a, b: float(a.mean() + b.mean()), np.ones(50), np.array([0.0, 1.0]))
+    assert (low, high) == (1.0, 2.0)
+
+
+def test_the_seed_repeats_an_interval_and_changes_it():
+    values = np.random.default_rng(1).normal(size=30)
+    first, again, other = (bootstrap(np.mean, values, seed=seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_the_band_is_the_interval_of_every_column_and_keeps_rows_together():
+    values_RP = np.random.default_rng(0).normal(size=(400, 1)) * np.array([1.0, 2.0, 0.0]) + np.array([0.0, 1.0, 5.0])
+    low_P, high_P = mean_band(values_RP, resamples=4000)
+    half_P = 1.96 * values_RP.std(axis=0) / 400**0.5
+    np.testing.assert_allclose(low_P, values_RP.mean(axis=0) - half_P, atol=0.01)
+    np.testing.assert_allclose(high_P, values_RP.mean(axis=0) + half_P, atol=0.02)
+    np.testing.assert_allclose(low_P[1] - 1, 2 * low_P[0])  # column 1 is 1 + 2 * column 0, row by row
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_one_observation_has_no_interval(rows):
+    with pytest.raises(ValueError, match="at least two"):
+        bootstrap(np.mean, np.ones(5), np.ones(rows))
+    with pytest.raises(ValueError, match="at least two rows"):
+        mean_band(np.ones((rows, 3)))
