@@ -13,9 +13,7 @@ from safeshape.policies import Policy
 LOSS_HEADS = ("auto", "fused", "dense")
 
 
-def refuse_arguments(
-    *, overlong: str, loss_head: str, cache_dtype: str, data_collator: object, others: Mapping[str, Any]
-) -> None:
+def refuse_arguments(overlong: str, loss_head: str, cache_dtype: str, others: Mapping[str, Any]) -> None:
     """Errors: ValueError that names the first argument SafeTrainer does not take."""
     if overlong not in ("refuse", "truncate"):
         raise ValueError(f"overlong must be refuse or truncate, got {overlong!r}")
@@ -23,7 +21,7 @@ def refuse_arguments(
         raise ValueError(f"loss_head must be one of {', '.join(LOSS_HEADS)}, got {loss_head!r}")
     if cache_dtype not in ("auto", *DTYPES):
         raise ValueError(f"cache_dtype must be one of auto, {', '.join(DTYPES)}, got {cache_dtype!r}")
-    if data_collator is not None:
+    if others.get("data_collator") is not None:
         raise ValueError("SafeTrainer brings its own data_collator: the weights travel in it")
     for name in ("compute_loss_func", "formatting_func"):
         if others.get(name) is not None:

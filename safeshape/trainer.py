@@ -88,14 +88,8 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
     ) -> None:
         self.policy: Policy = resolve_policy(policy)
         self.probe = probe
-        self.overlong, self.loss_head = overlong, loss_head
-        refuse_arguments(
-            overlong=overlong,
-            loss_head=loss_head,
-            cache_dtype=cache_dtype,
-            data_collator=data_collator,
-            others=kwargs,
-        )
+        self.overlong, self.loss_head, self._cache_dtype = overlong, loss_head, cache_dtype
+        refuse_arguments(overlong, loss_head, cache_dtype, {**kwargs, "data_collator": data_collator})
         refuse_probe(self.policy, probe is not None)
         if args is not None:
             refuse_unsupported(args)
@@ -112,17 +106,19 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
             processing_class=processing_class,
             **kwargs,
         )
+        self._set_up(reference, gradient_floor, Path(cache_dir or Path(self.args.output_dir) / "reference_states"))
+
+    def _set_up(self, reference: str | nn.Module, gradient_floor: float, cache_dir: Path) -> None:
         self._numbered.accepting = False
         refuse_model(self.model, self.aux_loss_enabled, self.accelerator.parallelism_config)
         self.data_collator: Any = ShapedCollator(vars(self)["data_collator"])
         # The loss is divided by N here, so the trainer must count N for every model class.
         self.model_accepts_loss_kwargs = True
         add_shaped_forward(causal_model(self.model))
-        self._cache_dir = Path(cache_dir or Path(self.args.output_dir) / "reference_states")
-        self._cache_dtype = cache_dtype
+        self._cache_dir = cache_dir
         self.reference: Reference | None = None
         self.reference_kind = self._choose(reference) if self.policy.needs_reference else None
-        self._reader = None if probe is None else self._read_with(probe)
+        self._reader = None if self.probe is None else self._read_with(self.probe)
         self.floor = GradientFloor(gradient_floor)
         self.add_callback(self.floor)
         self.add_callback(StartAfterSharding(self._start))
