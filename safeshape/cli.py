@@ -1,10 +1,12 @@
 """The command line: a table of verbs. Exit 0 on success, 2 on bad input with one sentence, 1 on failure."""
 
+import contextlib
 import importlib
+import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 # verb -> (what it does, module whose `main(argv)` returns what to print); only the verb that runs is imported.
 VERBS: dict[str, tuple[str, str]] = {
@@ -24,6 +26,19 @@ def usage() -> str:
     )
 
 
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """What the library has to say while a verb runs goes to stderr."""
+    handler, logger = logging.StreamHandler(), logging.getLogger("safeshape")
+    handler.setFormatter(logging.Formatter("safeshape: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -41,10 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore", FutureWarning)  # about TRL's own settings, which a user cannot mend
     run: Callable[[Sequence[str]], str] = importlib.import_module(VERBS[verb][1]).main
     if os.environ.get("SAFESHAPE_DEBUG"):
-        print(run(rest))
+        with told():
+            print(run(rest))
         return 0
     try:
-        print(run(rest))
+        with told():
+            print(run(rest))
     except (ValueError, OSError) as error:
         print(f"safeshape {verb}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -257,7 +257,8 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
                 logger.warning("full logits are built, because %s", problem)
             self.loss_head = "fused" if problem is None else "dense"
         if self.reference is not None and not resumed:
-            verify_reference(self.reference, model, batch, unwrapped=self.model, disturb=not self.is_deepspeed_enabled)
+            movable, size = not self.is_deepspeed_enabled, len(self.processing_class)
+            verify_reference(self.reference, model, batch, self.model, size, disturb=movable)
 
     def _fill(self, reference: Cached, model: nn.Module) -> None:
         def run(inputs: Mapping[str, Any]) -> tuple[torch.Tensor, States]:

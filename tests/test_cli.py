@@ -129,7 +129,7 @@ BAD_FLAGS = [
     ({"model_name_or_path": None}, "model_name_or_path must be given"),
     ({"model_name_or_path": "./no/such/model"}, "no/such/model"),
     ({"output_dir": None}, "output_dir must be given"),
-    ({"packing": "true"}, "does not support packing=True"),
+    ({"packing": "true", "packing_strategy": "wrapped"}, "does not support packing_strategy"),
     ({"guard": "world", "probe": "x"}, "give a guard or a probe, not both"),
     ({"max_length": "4"}, "row 0: has"),
 ]

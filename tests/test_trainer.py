@@ -189,8 +189,20 @@ def test_references_that_are_not_the_start_or_not_frozen_are_refused(tmp_path, t
     trainer.reference = Frozen(model=trainer.model)
     with pytest.raises(RuntimeError, match="moves with the model"):
         trainer.train()
-    with pytest.raises(ValueError, match="the reference has 640 logits"):
-        make(tmp_path, tokenizer, reference=tiny_model(vocab_size=640)).train()
+    with pytest.raises(ValueError, match="the reference has 256 logits per token, the tokenizer"):
+        make(tmp_path, tokenizer, reference=tiny_model(vocab_size=256)).train()
+
+
+@pytest.mark.parametrize("head", ["fused", "dense"])
+def test_a_reference_whose_vocabulary_is_padded_further_is_the_same_reference(tmp_path, tokenizer, head):
+    runs = []
+    for rows_of_the_head in (512, 640):
+        reference = moved_reference()
+        reference.resize_token_embeddings(rows_of_the_head)
+        trainer = make(tmp_path, tokenizer, policy="fixed_kl", reference=reference, loss_head=head)
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5)
 
 
 def test_gradient_floor_skips_noise_and_can_be_switched_off(tmp_path, tokenizer):

@@ -250,11 +250,17 @@ def verify_head(model: nn.Module, batch: MicroBatch) -> str | None:
 
 
 def verify_reference(
-    reference: Reference, model: nn.Module, batch: MicroBatch, *, unwrapped: nn.Module, disturb: bool = True
+    reference: Reference,
+    model: nn.Module,
+    batch: MicroBatch,
+    unwrapped: nn.Module,
+    vocabulary: int,
+    *,
+    disturb: bool = True,
 ) -> None:
     """Check before training that the reference is the starting model and does not move when the policy moves.
 
-    `model` is what is run, `unwrapped` the model in it. With `disturb`, the policy's trainable weights (all of an
+    `model` is what is run, `unwrapped` the model in it; `vocabulary`: tokens of the tokenizer, which both must know. With `disturb`, the policy's trainable weights (all of an
     adapter, else its smallest tensor) are moved for a moment.
     Errors: RuntimeError that says which check failed; ValueError for a reference with another vocabulary.
     """
@@ -264,8 +270,9 @@ def verify_reference(
             return counted_logits(model, batch)
 
     start_NV, before_NV = policy_logits(), reference.logits(model, unwrapped, batch)
-    if start_NV.shape != before_NV.shape:
-        raise ValueError(f"the reference has {before_NV.shape[-1]} logits per token, the model {start_NV.shape[-1]}")
+    for name, logits_NV in (("model", start_NV), ("reference", before_NV)):
+        if logits_NV.shape[-1] < vocabulary:
+            raise ValueError(f"the {name} has {logits_NV.shape[-1]} logits per token, the tokenizer {vocabulary}")
     stored = reference.cache.dtype if isinstance(reference, Cached) else None
     if reference.kind != "model" and not _close(start_NV, before_NV, stored):
         raise RuntimeError(
