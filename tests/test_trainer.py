@@ -189,7 +189,7 @@ def test_references_that_are_not_the_start_or_not_frozen_are_refused(tmp_path, t
     trainer.reference = Frozen(model=trainer.model)
     with pytest.raises(RuntimeError, match="moves with the model"):
         trainer.train()
-    with pytest.raises(ValueError, match="the reference has 256 logits per token, the tokenizer"):
+    with pytest.raises(ValueError, match="the reference knows 256 tokens, the tokenizer"):
         make(tmp_path, tokenizer, reference=tiny_model(vocab_size=256)).train()
 
 

@@ -260,8 +260,8 @@ def verify_reference(
 ) -> None:
     """Check before training that the reference is the starting model and does not move when the policy moves.
 
-    `model` is what is run, `unwrapped` the model in it; `vocabulary`: tokens of the tokenizer, which both must know. With `disturb`, the policy's trainable weights (all of an
-    adapter, else its smallest tensor) are moved for a moment.
+    `model` is what is run, `unwrapped` the model in it; `vocabulary`: tokens of the tokenizer, which both must know. With
+    `disturb`, the policy's trainable weights (all of an adapter, else its smallest tensor) are moved for a moment.
     Errors: RuntimeError that says which check failed; ValueError for a reference with another vocabulary.
     """
 
@@ -269,10 +269,11 @@ def verify_reference(
         with torch.no_grad(), evaluation_mode(model):
             return counted_logits(model, batch)
 
+    if isinstance(reference, Frozen) and isinstance(reference.model, PreTrainedModel):
+        known = int(reference.model.get_input_embeddings().num_embeddings)
+        if known < vocabulary:
+            raise ValueError(f"the reference knows {known} tokens, the tokenizer {vocabulary}")
     start_NV, before_NV = policy_logits(), reference.logits(model, unwrapped, batch)
-    for name, logits_NV in (("model", start_NV), ("reference", before_NV)):
-        if logits_NV.shape[-1] < vocabulary:
-            raise ValueError(f"the {name} has {logits_NV.shape[-1]} logits per token, the tokenizer {vocabulary}")
     stored = reference.cache.dtype if isinstance(reference, Cached) else None
     if reference.kind != "model" and not _close(start_NV, before_NV, stored):
         raise RuntimeError(
