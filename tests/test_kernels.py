@@ -144,8 +144,30 @@ def test_one_head_for_both_models_is_one_product_with_the_same_result(divergence
     x, _, weights = problem(8, 11, ref_hidden=5, bias=False)
     x["ref_head_VH"] = x["head_VH"]
     how = {"divergence": divergence, "num_tokens": 3}
-    got = fused_shaped_loss(**x, weights=weights, **how, chunk_bytes=400)
+    with Seen() as seen:
+        got = fused_shaped_loss(**x, weights=weights, **how)
+    held = int(got.metrics["kl_tokens"])
+    assert ((2 * held, 5), (5, 11)) in seen.products
     assert_equal(got, dense({**x, "ref_head_VH": x["head_VH"].detach()}, {}, weights, **how), (x["head_VH"],), 1e-12)
+
+
+@pytest.mark.parametrize("other", ["weight", "scale", "bias", "softcap", "rows"])
+def test_heads_that_differ_in_one_thing_are_not_taken_for_one(other):
+    x, biases, weights = problem(8, 11, ref_hidden=5)
+    how = {"num_tokens": 3}
+    if other != "weight":
+        x["ref_head_VH"] = x["head_VH"].detach()
+    if other != "bias":
+        biases = {}
+    if other == "scale":
+        how["ref_logit_scale"] = 2.0
+    if other == "softcap":
+        how["ref_softcap"] = 1.0
+    if other == "rows":
+        x["ref_head_VH"] = x["ref_head_VH"][:10]
+        x["labels_N"] = x["labels_N"].clamp(max=9)
+    got = fused_shaped_loss(**x, weights=weights, **biases, **how)
+    assert_equal(got, dense(x, biases, weights, **how), (x["head_VH"],), 1e-12)
 
 
 def test_scale_and_softcap_of_the_reference_may_differ():
@@ -253,6 +275,12 @@ def test_nothing_to_do_is_a_zero_loss_with_a_graph(tokens):
         "ce_tokens": 0,
         "kl_tokens": 0,
     }
+
+
+def test_no_tokens_in_the_batch_count_as_one():
+    x, _, weights = problem(4, 6, bias=False)
+    losses = [fused_shaped_loss(**x, weights=weights, num_tokens=n).loss for n in (0, 1, torch.tensor(0))]
+    assert losses[0] == losses[1] == losses[2]
 
 
 def test_no_reference_is_needed_without_kl_weights():

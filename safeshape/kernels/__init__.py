@@ -43,13 +43,13 @@ def fused_shaped_loss(
     are projected, and by the reference only those with a kl weight; without any, it may be None. Gradients go to
     `hidden_NH`, `head_VH` and `bias` where these require one, never to the reference. `ref_logit_scale=None` and
     `ref_softcap="same"` mean the policy's.
-    Logits, losses and sums are float32 (float64 where an input is): a GPU multiplies half-precision factors as they
-    are, a CPU casts them up in parts. bfloat16 inputs give the loss of the same numbers in float32 to 1e-5 and its
-    gradient rounded to bfloat16; a GPU also rounds the gradient of the logits to bfloat16 before it is multiplied.
+    Logits, losses and sums are float32 (float64 where an input is): CUDA multiplies half-precision factors as they
+    are, other devices cast them up in parts. bfloat16 inputs give the loss of the same numbers in float32 to 1e-5, and
+    its gradient rounded to bfloat16; CUDA also rounds the gradient of the logits to bfloat16 before it is multiplied.
     `chunk_bytes` bounds the logits of both models held at a time (one token's at least). None: 256 MiB, and on a CPU
     no more than a sixteenth of the tokens, but at least 32.
-    `implementation`: `torch`, or `triton` for CUDA, which so far has only run in Triton's interpreter, never on a GPU;
-    `auto` is therefore `torch`.
+    `implementation`: `torch`, or `triton` for CUDA, which has run in Triton's interpreter and been compiled for sm_90,
+    but never run on a GPU; `auto` is therefore `torch`.
     Errors: ValueError for unknown names, shapes that do not match, kl weights without a reference, or a label outside
     the shared rows where the divergence is read at the label.
     Differs: the backward pass cannot itself be differentiated; the gradient was computed in the forward pass.

@@ -29,11 +29,11 @@ def logits_dtype(hidden: torch.Tensor, head: torch.Tensor) -> torch.dtype:
 def factor_dtype(hidden: torch.Tensor, head: torch.Tensor, out: torch.dtype) -> torch.dtype:
     """The type of the factors of a product whose result has type `out`.
 
-    An accelerator multiplies half-precision factors as they are, and under autocast those cast to its type, because
-    its matrix units add up in float32. A CPU's bfloat16 product would round the result, so there they are cast up.
+    CUDA multiplies half-precision factors as they are, under autocast those cast to its type, and gives the float32
+    sums. A bfloat16 product elsewhere would round its result, so there the factors are cast up.
     """
     device = hidden.device.type
-    if device == "cpu":
+    if device != "cuda":
         return out
     dtype = torch.promote_types(hidden.dtype, head.dtype)
     if torch.is_autocast_enabled(device) and out == torch.float32:

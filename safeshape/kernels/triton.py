@@ -1,8 +1,8 @@
 """One chunk of logits to losses and, in place, to the gradient: one Triton program per row, for CUDA.
 
 The twin of `safeshape.kernels.rows.rows_`: the same arguments, results and formulas. Pass 1 reads the row once and
-keeps running statistics of both models; pass 2 reads it again and writes the gradient over the policy's logits. So far
-it has only been run by Triton's interpreter on a CPU, never on a GPU.
+keeps running statistics of both models; pass 2 reads it again and writes the gradient over the policy's logits. It has
+been run by Triton's interpreter on a CPU and compiled for sm_90, but never run on a GPU.
 
 Shape suffixes: R rows (tokens) of a chunk, V rows of the policy's head, S those that the reference shares. In the
 kernels, names without a suffix are one row's numbers, or one block of its columns.
