@@ -67,7 +67,8 @@ def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
 class Partials:
     """The partial answers of one conversation as branches of its full answer.
 
-    `render`: the text the guard reads for a partial answer. `ending`: tokens that follow every text.
+    `render`: the text the guard reads for a partial answer. `endings`: what may follow a text, as tokens of its own;
+    every partial answer gives one branch for each. `special`: the tokenizer adds its own tokens around a text.
     Errors: ValueError when the text cannot be encoded (lone surrogates).
     """
 
@@ -77,36 +78,44 @@ class Partials:
         render: Callable[[str], str],
         answer: str,
         *,
-        ending: Sequence[int] = (),
+        endings: Sequence[Sequence[int]] = ((),),
+        special: bool = False,
         rule: Splice | None = None,
     ) -> None:
-        self.tokenizer, self.render, self.answer, self.ending = tokenizer, render, answer, tuple(ending)
+        self.tokenizer, self.render, self.answer, self.special = tokenizer, render, answer, special
+        self.endings = [tuple(ending) for ending in endings]
         self.rule = splice_rule(tokenizer) if rule is None else rule
         self.text = encodable(render(answer))
-        if self.rule == "never":
-            self._ids = tuple(tokenizer(self.text, add_special_tokens=False)["input_ids"])
+        whole = tuple(tokenizer(self.text, add_special_tokens=special)["input_ids"])
+        # A call of the tokenizer itself, so that no padding or truncation of an earlier call is left behind.
+        encoding = tokenizer(self.text, add_special_tokens=False).encodings[0] if self.rule != "never" else None
+        around = surroundings(encoding.ids, whole) if encoding is not None else None
+        if encoding is None or around is None:
+            self.rule = "never"
         else:
-            # A call of the tokenizer itself, so that no padding or truncation of an earlier call is left behind.
-            encoding = tokenizer(self.text, add_special_tokens=False).encodings[0]
-            self._ids = tuple(encoding.ids)
+            self._ids, (self._lead, self._trail) = tuple(encoding.ids), around
             self._marks = marks(encoding, self.rule)
             self._at = {mark[0]: index for index, mark in reversed(list(enumerate(self._marks))) if mark[2]}
             longest = max((len(token.content) for token in tokenizer.added_tokens_decoder.values()), default=0)
             self._overlap = _OVERLAP + longest
-        self.ids = self._ids + self.ending
+        self.ids = whole + self.endings[0]
 
     def branches(self, ends: Sequence[int]) -> list[Branch]:
-        """The partial answers that end at these characters, each exactly as if its whole text had been tokenised."""
+        """The partial answers that end at these characters, each exactly as if its whole text had been tokenised.
+
+        The branches of one partial answer, one for each ending, are side by side.
+        """
         found: list[Branch] = []
         for begin in range(0, len(ends), _BATCH):
-            found += self._batch(ends[begin : begin + _BATCH])
+            for branch in self._batch(ends[begin : begin + _BATCH]):
+                found += [Branch(kept=branch.kept, ids=branch.ids + ending) for ending in self.endings]
         return found
 
     def _batch(self, ends: Sequence[int]) -> list[Branch]:
         if self.rule == "never":
             texts = [self.render(self.answer[:end]) for end in ends]
-            rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-            return [Branch(kept=0, ids=(*ids, *self.ending)) for ids in rows]
+            rows = self.tokenizer(texts, add_special_tokens=self.special)["input_ids"]
+            return [Branch(kept=0, ids=tuple(ids)) for ids in rows]
         parted, tails = [], []
         for end in ends:
             text = self.render(self.answer[:end])
@@ -129,14 +138,14 @@ class Partials:
     def _spliced(self, encoding: Encoding, start: int, parted: int) -> Branch | None:
         """The branch of a window that begins at a character of the text; None when it never agrees for long enough."""
         if start == 0:
-            return Branch(kept=0, ids=(*encoding.ids, *self.ending))
+            return Branch(kept=0, ids=(*self._lead, *encoding.ids, *self._trail))
         window = [(b + start, e + start, clean) for b, e, clean in marks(encoding, self.rule, parted - start)]
         for mine in range(1, len(window)):
             if not window[mine][2] or window[mine][0] >= parted:
                 continue
             theirs = self._at.get(window[mine][0])
             if theirs is not None and self._agree(encoding.ids, window, mine, theirs, parted):
-                return Branch(kept=theirs, ids=(*encoding.ids[mine:], *self.ending))
+                return Branch(kept=len(self._lead) + theirs, ids=(*encoding.ids[mine:], *self._trail))
         return None
 
     def _agree(
@@ -162,7 +171,8 @@ def marks(encoding: Encoding, rule: Splice, stop: float = float("inf")) -> list[
     Tokens are read up to the first that begins after `stop`, inclusive.
     """
     found: list[tuple[int, int, bool]] = []
-    reached, word = 0, -1
+    reached = 0
+    word: int | None = -1
     for (begin, end), at in zip(encoding.offsets, encoding.word_ids, strict=True):
         if found and found[-1][0] > stop:
             break
@@ -170,6 +180,14 @@ def marks(encoding: Encoding, rule: Splice, stop: float = float("inf")) -> list[
         found.append((begin, end, clean))
         reached, word = max(reached, end), at
     return found
+
+
+def surroundings(plain: Sequence[int], whole: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The tokens that a tokenizer adds before and after a text; None when it changes those between."""
+    for begin in range(len(whole) - len(plain) + 1):
+        if tuple(whole[begin : begin + len(plain)]) == tuple(plain):
+            return tuple(whole[:begin]), tuple(whole[begin + len(plain) :])
+    return None
 
 
 def encodable(text: str) -> str:

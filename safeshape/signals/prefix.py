@@ -9,7 +9,7 @@ Shape suffixes: S sequences, K label tokens, L tokens of the padded batch.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -59,7 +59,11 @@ def layer_reaches(config: PreTrainedConfig) -> list[Reach]:
     Errors: ValueError for a layer that is not softmax attention over earlier tokens (recurrent, compressed, shared).
     """
     text = config.get_text_config()
-    kinds = {"full_attention": "full", "sliding_attention": "sliding", "chunked_attention": "chunked"}
+    kinds: dict[str, Literal["full", "sliding", "chunked"]] = {
+        "full_attention": "full",
+        "sliding_attention": "sliding",
+        "chunked_attention": "chunked",
+    }
     found = []
     for kind, options in zip(*get_layer_types_and_kwargs(text), strict=True):
         if kind not in kinds:
@@ -123,6 +127,10 @@ class NaiveScorer:
         self.model, self.label_ids, self.batch_size = model, tuple(label_ids), batch_size
         self.context = context_length(model.config)
         self.forwarded = 0
+
+    def batched(self, batch_size: int) -> "NaiveScorer":
+        """The same with another number of sequences per forward."""
+        return NaiveScorer(self.model, self.label_ids, batch_size=batch_size)
 
     def open_many(self, rows: Sequence[Ids]) -> list[Trunk]:
         """Nothing is run. Errors: ValueError when a row is empty or longer than the guard's context."""
@@ -211,7 +219,7 @@ class PrefixScorer:
             found_SK = torch.zeros(len(segments), len(self.label_ids))
             for batch in self._batches(segments, order):
                 found_SK[batch] = self._forward([segments[i] for i in batch], collect=False)[1].float().cpu()
-        return list(found_SK.split([len(branches) for _, branches in requests]))
+        return list(torch.split(found_SK, [len(branches) for _, branches in requests]))
 
     def check_length(self, length: int) -> None:
         """Errors: ValueError when a sequence is empty or longer than the guard's context."""
@@ -320,7 +328,6 @@ def choose_scorer(
         return NaiveScorer(model, label_ids), f"naive: {error}"
     want_SK = naive_label_logits(model, [branch.ids for branch in branches], label_ids)
     rounding = max(1e-3, 16 * torch.finfo(model.dtype).eps) * (1 + float(want_SK.abs().max()))
-    worst = float((got_SK - want_SK).abs().max())
-    if not worst <= rounding:
-        return NaiveScorer(model, label_ids), f"naive: a shared prefill changes this model's logits by {worst:.2g}"
+    if not float((got_SK - want_SK).abs().max()) <= rounding:
+        return NaiveScorer(model, label_ids), "naive: a shared prefill changes this model's logits"
     return scorer, "shared prefill"

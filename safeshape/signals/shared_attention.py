@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
@@ -85,13 +85,15 @@ class Plan:
         self.groups = list(_groups(segments, offsets, device))
         self.buckets = [_bucket(rows, offsets, lengths, device) for rows in _same_length(lengths)]
 
-    def trunk_pieces(self, group: Group, reach: Reach, dtype: torch.dtype) -> list[tuple[int, int, Any]]:
+    def trunk_pieces(
+        self, group: Group, reach: Reach, dtype: torch.dtype
+    ) -> list[tuple[int, int, torch.Tensor | None]]:
         """The stretches [begin, end) of a trunk that a group sees, each with its additive mask or None."""
         key = ("trunk", group.begin, reach, dtype)
         if key not in self._masks:
             positions_N = self.positions_N[group.begin : group.end]
             if reach.kind == "full":
-                whole = [(0, group.low, None)] if group.low else []
+                whole: list[tuple[int, int, torch.Tensor | None]] = [(0, group.low, None)] if group.low else []
                 begin = group.low
             else:
                 whole, first = [], int(positions_N.min())
@@ -103,7 +105,7 @@ class Plan:
                 seen_NP &= near(positions_N[:, None], trunk_P, reach)
                 whole.append((begin, group.high, additive(seen_NP, dtype)))
             self._masks[key] = whole
-        pieces: list[tuple[int, int, Any]] = self._masks[key]
+        pieces: list[tuple[int, int, torch.Tensor | None]] = self._masks[key]
         return pieces
 
     def own_mask(self, bucket: int, reach: Reach, dtype: torch.dtype) -> torch.Tensor | None:
@@ -256,14 +258,14 @@ def shared_attention(
     """
     if position_bias is not None:
         raise NotImplementedError("attention with a position bias")
-    plan, layer = _PLAN.get(), int(module.layer_idx)
+    plan, layer = _PLAN.get(), cast(int, module.layer_idx)
     reach, scale = plan.reaches[layer], scaling if scaling is not None else query.shape[-1] ** -0.5
     query_HND, key_UND, value_UND = query[0], key[0], value[0]
     if plan.collect:
         plan.kept[layer] = (key_UND, value_UND)
     out_NHD, lse_NH = _own(plan, query_HND, key_UND, value_UND, reach, scale, softcap)
     per_key = query_HND.shape[0] // key_UND.shape[0]
-    query_UGND = query_HND.unflatten(0, (key_UND.shape[0], per_key))
+    query_UGND = query_HND.view(key_UND.shape[0], per_key, *query_HND.shape[1:])
     for group in plan.groups:
         rows = slice(group.begin, group.end)
         trunk_key, trunk_value = group.trunk.keys[layer], group.trunk.values[layer]

@@ -1,6 +1,6 @@
 """A stream of conversations through a scorer: windows of rows share forwards, rows fail one by one.
 
-Shape suffixes: S sequences, K label tokens.
+Shape suffixes: S partial answers, N sequences (one for each read of a partial answer), K label tokens.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,8 +49,8 @@ def trajectories(
 ) -> Iterator[Trajectory]:
     """The scores of every conversation's chunk ends, in order.
 
-    `prepare` turns a conversation into its partial answers and chunk ends; `read` turns label logits (S, K) into
-    p_safe (S,). Up to `window` rows or `window_tokens` tokens are held open together, so that short rows share forwards.
+    `prepare` turns a conversation into its partial answers and chunk ends; `read` turns label logits (N, K) into p_safe
+    (S,). Up to `window` rows or `window_tokens` tokens are held open together, so that short rows share forwards.
     Errors: with `on_error="stop"`, ValueError as `row 3: ...`, after all rows before it were given; with "keep" the row
     is given with its error and the stream goes on.
     """
@@ -122,8 +122,8 @@ def _score(
         if not asked:
             return
         found = scorer.label_logits_many([(trunks[row.index], branches) for row, _, branches in asked])
-        for (row, picked, _), logits_SK in zip(asked, found, strict=True):
-            row.scored.update(zip(picked, read(logits_SK).tolist(), strict=True))
+        for (row, picked, _), logits_NK in zip(asked, found, strict=True):
+            row.scored.update(zip(picked, read(logits_NK).tolist(), strict=True))
 
 
 def _check(
