@@ -150,6 +150,31 @@ def test_a_token_that_swallows_blanks_far_to_its_left():
         assert [*partials.ids[: branch.kept], *branch.ids] == want
 
 
+def same_tokens(tokenizer, render, answer, ends):
+    partials = Partials(tokenizer, render, answer)
+    for end, branch in zip(ends, partials.branches(ends), strict=True):
+        want = tokenizer(render(answer[:end]))["input_ids"]
+        assert [*partials.ids[: branch.kept], *branch.ids] == want, end
+
+
+def test_an_added_token_longer_than_the_window_that_only_the_cut_completes():
+    tokenizer, foxes = byte_bpe(), "fox " * 40
+    tokenizer.add_tokens([AddedToken(foxes + "end")])
+    same_tokens(
+        tokenizer, lambda partial: partial + " end", "the dog " + "fox " * 60, [8 + 4 * n - 1 for n in (20, 40, 50)]
+    )
+
+
+def test_a_word_longer_than_the_window_that_is_one_token_only_when_cut():
+    long = "ab" * 40
+    core = Tokenizer(models.BPE({"a": 0, "b": 1, " ": 2, "ab": 3, long: 4}, [("a", "b")], ignore_merges=True))
+    core.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    assert splice_rule(tokenizer) == "word"
+    assert tokenizer(long + " ")["input_ids"] == [4, 2]
+    same_tokens(tokenizer, lambda partial: partial + " a", "ab ab ab " + "ab" * 60, [9 + 78, 9 + 80, 9 + 82])
+
+
 def test_a_lone_surrogate_is_named():
     with pytest.raises(ValueError, match=r"the text holds a lone surrogate \(U\+D800\)"):
         Partials(byte_bpe(), lambda partial: partial, "a\ud800b")

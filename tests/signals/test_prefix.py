@@ -191,7 +191,10 @@ def test_no_forward_is_larger_than_asked(monkeypatch):
     monkeypatch.setattr(prefix, "Plan", lambda *args: sizes.append(sum(len(s.ids) for s in args[0])) or plan(*args))
     rows, scorer = tree(2), PrefixScorer(tiny_model(), LABELS, max_tokens=50)
     for trunk, branches in rows:
-        scorer.label_logits(scorer.open(trunk), branches)
+        far_off = Branch(kept=2, ids=tuple(range(100, 180)))
+        got = scorer.label_logits(scorer.open(trunk), [*branches, far_off])
+        want = naive_label_logits(tiny_model(), whole(trunk, [far_off]), LABELS)
+        assert got[-1:] == pytest.approx(want, abs=1e-4)
     assert max(sizes) <= 50
     assert len(sizes) > 10
 
