@@ -217,7 +217,7 @@ class Client:
 
     def _pause(self, tried: int, asked_s: float) -> float:
         """Seconds before the next try: doubled each time, jittered, and at least what the server asked for."""
-        own_s = self.pause_s * 2**tried * (1 - self._random.random() / 2)
+        own_s: float = self.pause_s * 2**tried * (1 - self._random.random() / 2)
         return min(max(own_s, asked_s), _LONGEST_PAUSE_S)
 
     async def _try(self, ask: Any) -> dict[str, Any]:
