@@ -155,7 +155,7 @@ def test_bursts_pass_without_a_trace(broken, guard):
         scores = list(behind(client, guard).score_many(ROWS, chunk=1))
     assert [len(score.spans) for score in scores] == [24, 17, 1]
     assert [s.p_safe for score in scores for s in score.spans] == pytest.approx([0.9 / 0.95] * 42)
-    assert client.counters.retries == 15
+    assert client.counters.retries >= 15  # a dropped connection may take another request with it
 
 
 def test_rows_that_cannot_be_asked_keep_their_place(broken, guard):
