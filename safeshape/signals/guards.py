@@ -1,37 +1,44 @@
 """Guard models as a signal: the Safety Trajectory Assessment of Response (STAR).
 
-A guard is a row of a table: which tokens mean safe and unsafe, and what stands before them. Every partial response is
-rendered with the guard's own chat template, tokenised as a whole and forwarded; V = exp(l_safe) / (exp(l_safe) +
-exp(l_unsafe)) on the raw logits of the label tokens. This is the naive form, one forward per prefix: the truth that
-faster scorers are tested against.
+A guard is a row of the table in `guard_rows.py`, which says how it is asked and read. Every partial response is
+rendered as the row says, tokenised as a whole and forwarded; V = exp(l_safe) / (exp(l_safe) + exp(l_unsafe)) on the raw
+logits of the label tokens. This is the naive form, one forward per prefix: the truth that faster scorers are tested
+against.
+
+Shape suffixes: S partial answers, R reads per partial answer, N = S * R sequences, K label tokens.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safeshape.data import Message, answer_of
 from safeshape.models import load
 from safeshape.signals.chunks import Unit, chunk_ends
-from safeshape.signals.guard_rows import GUARDS, GuardRow
+from safeshape.signals.classifiers import Classifier, load_classifier
+from safeshape.signals.guard_rows import GuardRow, fingerprint, label_ids, p_safe_of, render, row_of, suffixes
 from safeshape.signals.prefix import naive_label_logits
+from safeshape.signals.reading import Item, Reading
+from safeshape.signals.sharpen import Sharpen
+from safeshape.signals.streams import StreamGuard, load_stream
 from safeshape.types import Score, Span
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guard:
-    """A loaded guard. `identity` goes into the scored data: model, revision, row."""
+    """A loaded guard. `identity` goes into the scored data: model, revision, row.
+
+    `labels`: the token of each label of the row. `suffixes`: the tokens appended to a text for each read.
+    """
 
     name: str
     row: GuardRow
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    safe_id: int
-    unsafe_id: int
+    labels: tuple[int, ...]
+    suffixes: tuple[tuple[int, ...], ...]
     revision: str
 
     def score(self, messages: Sequence[Message], *, chunk: int = 5, unit: Unit = "words") -> list[Span]:
@@ -74,26 +81,20 @@ class Guard:
 
     def render(self, messages: Sequence[Message], partial: str) -> str:
         """The text the guard reads for a partial response, up to where its own answer begins."""
-        shown = [{"role": m["role"], "content": m["content"]} for m in messages[:-1] if m["role"] != "system"]
-        shown.append({"role": "assistant", "content": partial})
-        try:
-            text = self.tokenizer.apply_chat_template(
-                shown, tokenize=False, add_generation_prompt=True, **self.row.template
-            )
-        except TemplateError as error:
-            raise ValueError(f"the guard's chat template rejects the conversation: {error}") from error
-        return str(text)
+        return render(self.row, self.tokenizer, messages, partial)
 
     def p_safe(self, texts: Sequence[str], *, batch_size: int = 64) -> list[float]:
-        """V for rendered texts, batched by length. Padding is on the left and masked: it never changes a score.
+        """V for rendered texts, batched by length. Padding is on the left and masked: it never changes a score."""
+        tokens = self.tokenizer(list(texts), add_special_tokens=self.row.special_tokens)["input_ids"]
+        ids = [[*text, *suffix] for text in tokens for suffix in self.suffixes]
+        logits_NK = naive_label_logits(self.model, ids, self.labels, batch_size=batch_size)
+        return [float(value) for value in p_safe_of(logits_NK, self.row)]
 
-        What the guard writes before its label is appended as tokens of its own, as generation would have it: joined to
-        the text, two newlines after two newlines may become one other token.
-        """
-        prefix = self.tokenizer(self.row.answer_prefix, add_special_tokens=False)["input_ids"]
-        ids = [row + prefix for row in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
-        logits_SK = naive_label_logits(self.model, ids, (self.safe_id, self.unsafe_id), batch_size=batch_size)
-        return [float(value) for value in torch.sigmoid(logits_SK[:, 0] - logits_SK[:, 1])]
+    def p_safe_at(self, items: Sequence[Item], *, batch_size: int = 64) -> list[Reading]:
+        """p_safe of the partial answers of each conversation that end at the given character offsets."""
+        texts = [self.render(messages, messages[-1]["content"][:end]) for messages, ends in items for end in ends]
+        scores = iter(self.p_safe(texts, batch_size=batch_size))
+        return [[next(scores) for _ in ends] for _, ends in items]
 
     def identity(self, chunk: int, unit: Unit) -> dict[str, Any]:
         """What made a score: enough to make it again."""
@@ -101,6 +102,7 @@ class Guard:
             "guard": self.name,
             "model": self.model.config._name_or_path,
             "revision": self.revision,
+            "row": fingerprint(self.row, self.tokenizer),
             "chunk": chunk,
             "unit": unit,
         }
@@ -115,13 +117,7 @@ class Guard:
             yield Score(signal="star", p_safe=spans[-1].p_safe, spans=spans, scorer=self.identity(chunk, unit))
 
 
-def _single_token(tokenizer: PreTrainedTokenizerBase, label: str) -> int:
-    ids = tokenizer(label, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        raise ValueError(
-            f"guard label {label!r} is {len(ids)} tokens for this guard's tokenizer; it must be exactly one"
-        )
-    return int(ids[0])
+AnyGuard = Guard | Classifier | StreamGuard
 
 
 def load_guard(
@@ -129,41 +125,67 @@ def load_guard(
     *,
     model: str | PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    revision: str = "main",
+    revision: str | None = None,
     dtype: str = "float32",
     device: str = "cpu",
-) -> Guard:
-    """Load a guard by the name of its row or by a row of the caller's own.
+    sharpen: bool | Sharpen | None = None,
+) -> AnyGuard:
+    """Load a guard by the name of its row, from a YAML file with a row, or by a row of the caller's own.
 
     `model`: a path or Hub id, or a loaded model together with its `tokenizer`; default: the row's own weights.
-    Errors: ValueError for an unknown row or field, labels that are not single tokens, a tokenizer without a chat
-    template, or a row without weights.
+    `revision`: of a Hub id, default main. `sharpen`: True for the near-hard scores of the released STAR-DSS code;
+    default: as the row says.
+    Errors: ValueError in one sentence for an unknown row or field, labels that the vocabulary lacks or that are not
+    single tokens, a tokenizer without a chat template where the row has none, a row without weights, or a revision of
+    a loaded model.
     """
-    if isinstance(row, Mapping):
-        known = {f.name for f in fields(GuardRow)}
-        for key in row:
-            if key not in known | {"name"}:
-                raise ValueError(f"a guard row has no field {key!r}; it has: name, {', '.join(sorted(known))}")
-        name, found = str(row.get("name", "own")), GuardRow(**{k: v for k, v in row.items() if k != "name"})
-    elif row in GUARDS:
-        name, found = row, GUARDS[row]
-    else:
-        raise ValueError(f"unknown guard {row!r}; known: {', '.join(GUARDS)}, or a row of your own")
+    name, found = row_of(row)
+    if sharpen is not None:
+        found = replace(found, sharpen=Sharpen() if sharpen is True else sharpen or None)
     source = model if model is not None else found.model
     if source is None:
         raise ValueError(f"guard {name!r} has no weights of its own; give model=")
+    if revision is not None and not isinstance(source, str):
+        raise ValueError(f"guard {name!r}: a loaded model has no revision to choose, got {revision!r}")
+    revision = revision or "main"
+    if found.kind == "classifier":
+        guard: AnyGuard = load_classifier(
+            name, found, source, tokenizer=tokenizer, revision=revision, dtype=dtype, device=device
+        )
+    elif found.kind == "stream":
+        guard = load_stream(name, found, source, tokenizer=tokenizer, revision=revision, dtype=dtype, device=device)
+    else:
+        guard = _load_labels(name, found, source, tokenizer=tokenizer, revision=revision, dtype=dtype, device=device)
+    if found.chat_template is None and guard.tokenizer.chat_template is None:
+        raise ValueError(f"guard {name!r}: the tokenizer has no chat template, and the row gives none")
+    return guard
+
+
+def _load_labels(
+    name: str,
+    row: GuardRow,
+    source: str | PreTrainedModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    revision: str,
+    dtype: str,
+    device: str,
+) -> Guard:
     if isinstance(source, str):
-        source, tokenizer = load(source, revision=revision, dtype=dtype)
+        source, own = load(source, revision=revision, dtype=dtype)
+        tokenizer = tokenizer or own
     if tokenizer is None:
         raise ValueError("a loaded guard model needs its tokenizer")
-    if tokenizer.chat_template is None:
-        raise ValueError(f"guard {name!r}: the tokenizer has no chat template")
+    labels, size = label_ids(row, tokenizer), source.config.get_text_config().vocab_size
+    for label, token in zip(row.labels, labels, strict=True):
+        if token >= size:
+            raise ValueError(f"guard label {label!r} is token {token}, but the model's vocabulary ends at {size}")
     return Guard(
         name=name,
-        row=found,
+        row=row,
         model=source.to(device).eval(),
         tokenizer=tokenizer,
-        safe_id=_single_token(tokenizer, found.safe),
-        unsafe_id=_single_token(tokenizer, found.unsafe),
+        labels=labels,
+        suffixes=suffixes(row, tokenizer),
         revision=revision,
     )

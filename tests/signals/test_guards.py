@@ -7,6 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from safeshape.signals.chunks import chunk_ends
 from safeshape.signals.column import score_dataset
+from safeshape.signals.guard_rows import fingerprint
 from safeshape.signals.guards import load_guard
 
 GUARD_TEMPLATE = (
@@ -80,9 +81,11 @@ def test_chunks_tile_the_answer(answer, chunk, unit, ends, tokenizer):
 
 
 def test_the_score_carries_its_identity_and_the_last_spans_value():
-    score = next(guard_of().score_many([conversation("what", ANSWER)], chunk=4))
+    guard = guard_of()
+    score = next(guard.score_many([conversation("what", ANSWER)], chunk=4))
     assert score.p_safe == score.spans[-1].p_safe
-    assert score.scorer == {"guard": "test", "model": "", "revision": "main", "chunk": 4, "unit": "words"}
+    row = fingerprint(guard.row, guard.tokenizer)
+    assert score.scorer == {"guard": "test", "model": "", "revision": "main", "row": row, "chunk": 4, "unit": "words"}
 
 
 LLAMA_GUARD_SHAPE = (
