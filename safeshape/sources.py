@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from pyarrow import parquet
 
@@ -238,6 +238,20 @@ def schema_of(rows: Iterable[Mapping[str, Any]]) -> pa.Schema:
             why = " ".join(str(error).split())
             raise ValueError(f"row {start} and those after it have other types ({why}); write .jsonl") from error
     return schema
+
+
+def with_column(schema: pa.Schema, name: str, kind: pa.DataType) -> pa.Schema:
+    """The schema with one more column at its end, in place of one of that name."""
+    if name in schema.names:
+        schema = schema.remove(schema.names.index(name))
+    wider = schema.append(pa.field(name, kind))
+    if b"huggingface" not in (schema.metadata or {}):
+        return wider
+    # A saved dataset tells its own types there, class names for instance; they must know the new column too.
+    features = Features.from_arrow_schema(schema)
+    features.pop(name, None)
+    features[name] = Features.from_arrow_schema(pa.schema([(name, kind)]))[name]
+    return features.arrow_schema
 
 
 def check_first_row(dataset: Dataset) -> None:

@@ -108,7 +108,9 @@ def underscored(argv: Sequence[str]) -> list[str]:
     found = []
     for argument in argv:
         name, equals, value = argument.partition("=")
-        found.append((name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name) + equals + value)
+        found.append(
+            (name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name) + equals + value
+        )
     return found
 
 

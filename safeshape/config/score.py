@@ -34,7 +34,7 @@ class ScoreConfig:
     revision: str | None = option(None, help="revision of the guard on the Hub")
     sharpen: bool = option(False, help="true: the near-hard scores of the STAR paper's released code")
     chunk: int = option(5, help="units per chunk")
-    unit: str = option("words", help="what a chunk counts: words, tokens or sentences")
+    unit: Literal["words", "tokens", "sentences"] = option("words", help="what a chunk counts")
     refine: bool = option(False, help="true: score coarsely, then halve only the chunks over which the score moves")
     tolerance: float = option(0.05, help="refine: how much a score may move over a chunk that is not halved")
     batch_size: int = option(64, help="partial answers per forward")

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset
 
 from safeshape.data import Message, answer_of, as_messages
 from safeshape.store import Store, content_key
-from safeshape.types import Score
+from safeshape.types import Score, Span
 
 Row = Mapping[str, Any]
 Rows = Callable[[], Iterable[Row]]  # starts from the first row each time it is called
@@ -63,6 +64,13 @@ def key_of(messages: Sequence[Message], maker: Mapping[str, Any]) -> str:
 def as_column(score: Score) -> dict[str, Any]:
     """A score as it stands in the column: `{"signal", "p_safe", "spans", "scorer", "error"}`."""
     return {**asdict(score), "spans": [asdict(span) for span in score.spans]}
+
+
+def safety_type(scorer: Mapping[str, Any]) -> pa.DataType:
+    """The type of the column in tables, the same whether or not a row failed."""
+    span = pa.struct([("start", pa.int64()), ("end", pa.int64()), ("p_safe", pa.float64())])
+    fields = [("signal", pa.string()), ("p_safe", pa.float64()), ("spans", pa.list_(span))]
+    return pa.struct([*fields, ("scorer", pa.infer_type([scorer])), ("error", pa.string())])
 
 
 def _windows(rows: Iterable[Row]) -> Iterator[list[tuple[int, Row]]]:
@@ -124,7 +132,8 @@ def fill(
             if not keep_failures:
                 raise ValueError(f"row {index}: {outcome.reasons[key]}")
         else:
-            store.put_many("scores", {key: as_column(score)})
+            spans = [[span.start, span.end, span.p_safe] for span in score.spans]
+            store.put_many("scores", {key: {"signal": score.signal, "p_safe": score.p_safe, "spans": spans}})
             outcome.scored += 1
     if outcome.rows == 0:
         raise ValueError("the dataset is empty")
@@ -142,24 +151,30 @@ def scored_rows(
 ) -> Iterator[dict[str, Any]]:
     """The rows in their order, each with its `safety`; an existing column of that name gives way.
 
-    A row without a score has `p_safe` null and its reason as `error`; `outcome` counts these. `scorer`,
-    `signal`: what stands there beside it. Errors: ValueError when a row is not the one that was scored.
+    A row without a score has `p_safe` null and its reason as `error`; `outcome` counts these. `scorer`: who made the
+    scores, as it stands in the data. `signal`: of rows without a score.
+    Errors: ValueError when a row is not the one that was scored.
     """
     for window in _windows(rows()):
         keyed = _keyed(window, maker)
         there = store.get_many("scores", [entry[1] for entry in keyed if isinstance(entry, tuple)])
         for (index, row), entry in zip(window, keyed, strict=True):
             if isinstance(entry, tuple) and entry[1] in there:
-                safety = there[entry[1]]
-                outcome.unsafe += safety["p_safe"] < 0.5
+                score = Score(scorer=dict(scorer), **_restored(there[entry[1]]))
+                outcome.unsafe += there[entry[1]]["p_safe"] < 0.5
             else:
                 reason = str(entry) if isinstance(entry, ValueError) else outcome.reasons.get(entry[1])
                 if reason is None:
                     raise ValueError(f"row {index} changed while the dataset was scored")
-                safety = {"signal": signal, "p_safe": None, "spans": [], "scorer": dict(scorer), "error": reason}
+                score = Score(signal=signal, p_safe=None, scorer=dict(scorer), error=reason)
                 outcome.failed += 1
                 outcome.first_failure = outcome.first_failure or f"row {index}: {reason}"
-            yield {**row, "safety": safety}
+            yield {**row, "safety": as_column(score)}
+
+
+def _restored(stored: Mapping[str, Any]) -> dict[str, Any]:
+    spans = tuple(Span(start=start, end=end, p_safe=p_safe) for start, end, p_safe in stored["spans"])
+    return {**stored, "spans": spans}
 
 
 def score_dataset(dataset: Dataset, scorer: Scorer, *, progress: Progress = lambda done, total: None) -> Dataset:

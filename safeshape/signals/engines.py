@@ -5,6 +5,7 @@ the same whoever scores them.
 """
 
 import json
+import logging
 import os
 import shutil
 from collections import deque
@@ -20,7 +21,7 @@ from safeshape.types import Score, Span
 
 Item = tuple[str, Sequence[Message]]
 BLOCK = 64  # conversations that a scorer gets at once
-_SHARD = 16  # blocks per file of a cluster's work
+_SHARD = 16  # blocks per file of a cluster's work, after the first few files, which hold one
 
 
 def _blocks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -67,7 +68,7 @@ def on_ray(make: Callable[[], Scorer], *, actors: int, scratch: Path, gpus: floa
     def run(items: Iterable[Item]) -> Iterator[tuple[str, Score]]:
         shutil.rmtree(scratch, ignore_errors=True)
         try:
-            if _write_shards(items, scratch, block):
+            if _write_shards(items, scratch, block, 4 * actors):
                 yield from _scored(ray, make, actors=actors, scratch=scratch, gpus=gpus)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -75,14 +76,17 @@ def on_ray(make: Callable[[], Scorer], *, actors: int, scratch: Path, gpus: floa
     return run
 
 
-def _write_shards(items: Iterable[Item], scratch: Path, block: int) -> int:
-    """Blocks as rows of Parquet files: a row is never split, so an actor's block is ours. Returns their number."""
+def _write_shards(items: Iterable[Item], scratch: Path, block: int, small: int) -> int:
+    """Blocks as rows of Parquet files: a row is never split, so an actor's block is ours. Returns their number.
+
+    The first `small` files hold one block each, so that little work is spread over all actors too.
+    """
     import pyarrow as pa
     from pyarrow import parquet
 
     scratch.mkdir(parents=True)
     blocks, written = _blocks(items, block), 0
-    while shard := list(islice(blocks, _SHARD)):
+    while shard := list(islice(blocks, 1 if written < small else _SHARD)):
         content = [json.dumps([[key, list(map(dict, messages))] for key, messages in few]) for few in shard]
         parquet.write_table(pa.table({"block": content}), scratch / f"{written:09}.parquet", row_group_size=1)
         written += len(shard)
@@ -113,6 +117,7 @@ def _scored(
         own = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": actors + 1, "include_dashboard": False}
         ray.init(logging_level="ERROR", log_to_driver=False, **own)
     try:
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.data.DataContext.get_current().enable_progress_bars = False
         blocks = ray.data.read_parquet(str(scratch))
         results = blocks.map_batches(

@@ -3,47 +3,30 @@
 The conversation is rendered and tokenised here, so that the server reads exactly the tokens that a guard in this
 process would: prompts go out as token ids, to which no server adds a token of its own. One answer token is asked for,
 with the log-probabilities of the likeliest tokens; their difference is the difference of the logits, so V is exact.
+
+Shape suffixes: R reads per partial answer, K label tokens.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from safeshape.client import Client, Reply
 from safeshape.data import Message, answer_of
 from safeshape.signals.chunks import Unit, chunk_ends
-from safeshape.types import Score, Span
+from safeshape.signals.guard_rows import GuardRow, fingerprint, label_ids, p_safe_of, render, suffixes
+from safeshape.signals.reading import Failure, Item, Reading, score_of
+from safeshape.types import Score
 
 OnError = Literal["stop", "keep"]
-PromptOf = Callable[[Sequence[Message], str], list[int]]
 DEVIATION = 1e-3  # how far a V may be from its true value where a label is too unlikely to be listed
+_MANY = 10  # unlisted labels of one partial answer; more are not worth bounding
 _HELLO: list[Message] = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello."}]
-
-
-def label_ids(tokenizer: PreTrainedTokenizerBase, labels: Mapping[str, Sequence[str]]) -> dict[str, tuple[int, ...]]:
-    """The token ids of every class: `labels` maps "safe" and "unsafe" to the tokens that mean it.
-
-    A label is text that is one token, or a token by its name in the vocabulary.
-    Errors: ValueError for a label that is neither, and for a class without labels.
-    """
-    found = {}
-    for name in ("safe", "unsafe"):
-        if not labels.get(name):
-            raise ValueError(f"a guard behind a server needs label tokens that mean {name}")
-        found[name] = tuple(_token_id(tokenizer, label) for label in labels[name])
-    return found
-
-
-def _token_id(tokenizer: PreTrainedTokenizerBase, label: str) -> int:
-    ids = tokenizer(label, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1 and label in tokenizer.get_vocab():
-        ids = [tokenizer.get_vocab()[label]]
-    if len(ids) != 1:
-        raise ValueError(f"guard label {label!r} is {len(ids)} tokens for this guard's tokenizer; it must be one")
-    return int(ids[0])
 
 
 def likeliest(data: Mapping[str, Any]) -> list[tuple[int | str, float]]:
@@ -72,75 +55,74 @@ def _named(name: str) -> int | str:
     return int(number) if number != name and number.isdigit() else name
 
 
-def p_safe_of(
-    listed: Sequence[tuple[int | str, float]],
-    ids: Mapping[str, Sequence[int]],
-    texts: Mapping[int, str],
-    *,
-    wanted: int,
+def bounded_p_safe(
+    logprobs: Sequence[Sequence[float | None]], least: Sequence[float], row: GuardRow
 ) -> tuple[float, float]:
-    """V from the listed log-probabilities, and how far it may be off: 0 where every label is listed.
+    """V of one partial answer from the log-probabilities of its labels, and how far it may be off.
 
-    A label that is not among the `wanted` likeliest has at most the probability of the last of them. V is then the
-    middle of what that leaves. `texts`: the label tokens' texts, for servers that tell no ids.
+    `logprobs`: those of each of the row's reads, shape (R, K), None where a label was not listed; `least`: the smallest
+    that the server would have listed, shape (R,). An unlisted label lies between nothing and that. V is monotone in
+    every label's probability, so its extremes are among the ends; the middle of them is taken.
     Errors: ValueError when V may be off by more than `DEVIATION`.
     """
-    values = dict(listed)
-    least = math.exp(listed[min(wanted, len(listed)) - 1][1])
-    mass, missing = {"safe": 0.0, "unsafe": 0.0}, {"safe": 0, "unsafe": 0}
-    for name in mass:
-        for token in ids[name]:
-            value = values.get(token, values.get(texts[token]))
-            if value is None:
-                missing[name] += 1
-            else:
-                mass[name] += math.exp(value)
-    safe, unsafe = mass["safe"], mass["unsafe"]
-    if safe + unsafe == 0:
-        raise ValueError(f"no label is among the {len(listed)} likeliest tokens")
-    low = safe / (safe + unsafe + missing["unsafe"] * least)
-    most = safe + missing["safe"] * least
-    high = most / (most + unsafe)
-    if high - low > 2 * DEVIATION:
-        raise ValueError(
-            f"a label is not among the {len(listed)} likeliest tokens and may matter; ask for more of them"
-        )
-    return (low + high) / 2, (high - low) / 2
+    for values in logprobs:
+        if all(value is None or math.exp(value) == 0 for value in values):
+            raise ValueError("no label is among the likeliest tokens that the server listed")
+    open_ends = [(r, k) for r, values in enumerate(logprobs) for k, value in enumerate(values) if value is None]
+    if len(open_ends) > _MANY:
+        raise ValueError(f"{len(open_ends)} labels are not among the likeliest tokens that the server listed")
+    reads_RK = torch.tensor([[-math.inf if v is None else v for v in values] for values in logprobs])
+    found = []
+    for ends in product((False, True), repeat=len(open_ends)):
+        for (r, k), high in zip(open_ends, ends, strict=True):
+            reads_RK[r, k] = least[r] if high else -math.inf
+        found.append(float(p_safe_of(reads_RK, row)))
+    if max(found) - min(found) > 2 * DEVIATION:
+        raise ValueError("a label is not among the likeliest tokens that the server listed, and it may matter")
+    return (max(found) + min(found)) / 2, (max(found) - min(found)) / 2
 
 
 @dataclass(kw_only=True)
 class _Plan:
-    """One conversation on its way: where its chunks end, the scores so far, the first failure."""
+    """One conversation on its way: how many partial answers it has, their scores so far, the first failure."""
 
-    index: int
     ends: Sequence[int] = ()
     values: list[float] = field(default_factory=list)
+    reads: list[tuple[list[float | None], float]] = field(default_factory=list)
     error: str | None = None
 
 
 class ServerGuard:
     """A guard behind a server. `bounded`: how many scores so far were read from a bound because a label was not listed.
 
-    `client`: asks the server. `prompt_of`: what the guard reads for a conversation and a partial answer, as token ids.
-    `labels`: see `label_ids`. `top_logprobs`: how many tokens to list; vLLM allows 20 unless told otherwise.
-    `identity`: what stands in the scored data beside model, chunk and unit.
+    `client`: asks the server. `row`: how the guard is asked and read; `tokenizer`: its own. `revision`: what the caller
+    calls the weights behind the server, which cannot be seen from here. `top_logprobs`: how many tokens to list; vLLM
+    allows 20 unless told otherwise.
+    Errors: ValueError for a row whose scores cannot be had from log-probabilities, and for labels the tokenizer lacks.
     """
 
     def __init__(
         self,
         client: Client,
         *,
+        name: str,
+        row: GuardRow,
         tokenizer: PreTrainedTokenizerBase,
-        prompt_of: PromptOf,
-        labels: Mapping[str, Sequence[str]],
-        identity: Mapping[str, Any],
+        revision: str = "main",
         top_logprobs: int = 20,
     ) -> None:
-        self.client, self.tokenizer, self.prompt_of = client, tokenizer, prompt_of
-        self.ids = label_ids(tokenizer, labels)
-        self.texts = {token: str(tokenizer.decode([token])) for ids in self.ids.values() for token in ids}
-        self._identity, self.top_logprobs = dict(identity), top_logprobs
+        if row.kind != "labels":
+            raise ValueError(f"guard {name!r} is of kind {row.kind}; a server can run only guards with label tokens")
+        if row.sharpen is not None:
+            raise ValueError(f"guard {name!r}: sharpen needs the logits themselves, which no server gives")
+        if row.chat_template is None and tokenizer.chat_template is None:
+            raise ValueError(f"guard {name!r}: the tokenizer has no chat template, and the row gives none")
+        self.client, self.name, self.row, self.tokenizer = client, name, row, tokenizer
+        self.revision, self.top_logprobs = revision, top_logprobs
+        self.labels, self.suffixes = label_ids(row, tokenizer), suffixes(row, tokenizer)
+        self.texts = [str(tokenizer.decode([label])) for label in self.labels]
         self.bounded = 0
+        self.limit: int | None = None  # tokens that the server holds, prompt and answer; `check` finds it
 
     def check(self) -> dict[str, Any]:
         """Try one request before the run; returns what the server says about the model.
@@ -148,17 +130,27 @@ class ServerGuard:
         Errors: ValueError in one sentence when the server cannot be used as a guard.
         """
         served = self.client.check()
-        prompt = self.prompt_of(_HELLO, "Hello.")
+        prompt = self._prompts(_HELLO, "Hello.")[0]
         reply = self.client.submit("completions", self._request(prompt)).result()
         try:
             likeliest(self._answered(reply, len(prompt)))
         except ValueError as error:
             raise ValueError(f"the server at {self.client.url} cannot serve as a guard: {error}") from error
+        told = served.get("max_model_len") or (served.get("meta") or {}).get("n_ctx")  # vLLM, llama.cpp
+        self.limit = told if isinstance(told, int) else None
         return served
 
     def identity(self, chunk: int, unit: Unit) -> dict[str, Any]:
         """What made a score."""
-        return {**self._identity, "model": self.client.model, "chunk": chunk, "unit": unit}
+        return {
+            "guard": self.name,
+            "model": self.client.model,
+            "revision": self.revision,
+            "row": fingerprint(self.row, self.tokenizer),
+            "backend": "server",
+            "chunk": chunk,
+            "unit": unit,
+        }
 
     def score_many(
         self,
@@ -168,43 +160,75 @@ class ServerGuard:
         unit: Unit = "words",
         on_error: OnError = "stop",
     ) -> Iterator[Score]:
-        """Score a stream of conversations in order, one request per partial answer.
+        """Score a stream of conversations in order, one request per partial answer and read.
 
         A conversation that failed has `p_safe` None and says why. `on_error` "stop" raises instead.
         Errors: ValueError that names the conversation, as `row 3: ...`; and for what no other request could mend.
         """
+
+        def items() -> Iterator[Item | Failure]:
+            for messages in conversations:
+                try:
+                    yield messages, chunk_ends(answer_of({"messages": messages}), chunk, unit, self.tokenizer)
+                except ValueError as error:
+                    yield Failure(reason=str(error))
+
         identity = self.identity(chunk, unit)
-        for (plan, tokens, last), reply in self.client.stream(
-            "completions", self._requests(conversations, chunk, unit)
-        ):
+        for index, (ends, reading) in enumerate(self._readings(items())):
+            if isinstance(reading, Failure) and on_error == "stop":
+                raise ValueError(f"row {index}: {reading.reason}")
+            yield score_of(ends, reading, identity)
+
+    def p_safe_at(self, items: Sequence[Item], *, batch_size: int = 64) -> list[Reading]:
+        """p_safe of the partial answers that end at the given offsets. `batch_size` is the server's own affair."""
+        return [reading for _, reading in self._readings(items)]
+
+    def _readings(self, items: Iterable[Item | Failure]) -> Iterator[tuple[Sequence[int], Reading]]:
+        """The partial answers of each item and what came of them, in order."""
+        for (plan, tokens, last), reply in self.client.stream("completions", self._requests(items)):
             if reply is not None and plan.error is None:
                 try:
-                    plan.values.append(self._value(reply, tokens))
+                    self._take(plan, self._answered(reply, tokens))
                 except ValueError as error:
                     plan.error = str(error)
-            if plan.error is not None and on_error == "stop":
-                raise ValueError(f"row {plan.index}: {plan.error}")
             if last:
-                yield _score(plan, identity)
+                yield plan.ends, plan.values if plan.error is None else Failure(reason=plan.error)
 
     def _requests(
-        self, conversations: Iterable[Sequence[Message]], chunk: int, unit: Unit
+        self, items: Iterable[Item | Failure]
     ) -> Iterator[tuple[tuple[_Plan, int, bool], dict[str, Any] | None]]:
         """Each with its conversation, the number of its tokens, and whether it is the conversation's last."""
-        for index, messages in enumerate(conversations):
-            plan = _Plan(index=index)
+        for item in items:
+            plan = _Plan()
             try:
-                answer = answer_of({"messages": messages})
-                ends = chunk_ends(answer, chunk, unit, self.tokenizer)
-                prompts = [self.prompt_of(messages, answer[:end]) for end in ends]
+                if isinstance(item, Failure):
+                    raise ValueError(item.reason)
+                messages, plan.ends = item
+                answer = str(messages[-1]["content"])
+                self._fits(self._prompts(messages, answer)[-1])
+                total, number = len(plan.ends) * len(self.suffixes), 0
+                # In order: a server with a prefix cache has read most of each prompt before.
+                for end in plan.ends:
+                    for prompt in self._prompts(messages, answer[:end]):
+                        number += 1
+                        if plan.error is not None:  # a reply that came meanwhile settled it
+                            raise ValueError(plan.error)
+                        yield (plan, len(prompt), number == total), self._request(prompt)
             except ValueError as error:
                 plan.error = str(error)
                 yield (plan, 0, True), None
-                continue
-            plan.ends = ends
-            # In order: a server with a prefix cache has read most of each prompt before.
-            for end, prompt in zip(ends, prompts, strict=True):
-                yield (plan, len(prompt), end == ends[-1]), self._request(prompt)
+
+    def _fits(self, prompt: Sequence[int]) -> None:
+        if self.limit is not None and len(prompt) >= self.limit:
+            raise ValueError(
+                f"the answer makes {len(prompt)} tokens with its prompt; the server reads {self.limit - 1}"
+            )
+
+    def _prompts(self, messages: Sequence[Message], partial: str) -> list[list[int]]:
+        """What the guard reads for a partial answer, once for each of the row's reads."""
+        text = render(self.row, self.tokenizer, messages, partial)
+        ids = self.tokenizer(text, add_special_tokens=self.row.special_tokens)["input_ids"]
+        return [[*ids, *suffix] for suffix in self.suffixes]
 
     def _request(self, prompt: list[int]) -> dict[str, Any]:
         return {
@@ -224,16 +248,16 @@ class ServerGuard:
             raise ValueError(f"the server read {read} tokens where {tokens} were sent")
         return reply.data
 
-    def _value(self, reply: Reply, tokens: int) -> float:
-        listed = likeliest(self._answered(reply, tokens))
-        value, deviation = p_safe_of(listed, self.ids, self.texts, wanted=self.top_logprobs)
-        self.bounded += deviation > 0
-        return value
-
-
-def _score(plan: _Plan, identity: dict[str, Any]) -> Score:
-    if plan.error is not None:
-        return Score(signal="star", p_safe=None, scorer=identity, error=plan.error)
-    starts = [0, *plan.ends[:-1]]
-    spans = tuple(Span(start=a, end=b, p_safe=p) for a, b, p in zip(starts, plan.ends, plan.values, strict=True))
-    return Score(signal="star", p_safe=spans[-1].p_safe, spans=spans, scorer=identity)
+    def _take(self, plan: _Plan, data: Mapping[str, Any]) -> None:
+        listed = likeliest(data)
+        values = dict(listed)
+        # The sampled token may stand beside those asked for: it says nothing about the last of them.
+        least = listed[min(self.top_logprobs, len(listed)) - 1][1]
+        named = zip(self.labels, self.texts, strict=True)
+        plan.reads.append(([values.get(label, values.get(text)) for label, text in named], least))
+        if len(plan.reads) == len(self.suffixes):
+            logprobs, least_R = [values for values, _ in plan.reads], [value for _, value in plan.reads]
+            value, deviation = bounded_p_safe(logprobs, least_R, self.row)
+            self.bounded += deviation > 0
+            plan.values.append(value)
+            plan.reads.clear()

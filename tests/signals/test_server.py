@@ -10,10 +10,11 @@ from llama_server import NAME, llama_server
 
 from safeshape import world
 from safeshape.client import Client
+from safeshape.signals.ensembles import Ensemble
+from safeshape.signals.guard_rows import GuardRow
 from safeshape.signals.guards import load_guard
-from safeshape.signals.server import ServerGuard, label_ids, likeliest, p_safe_of
+from safeshape.signals.server import ServerGuard, bounded_p_safe, likeliest
 
-LABELS = {"safe": ["safe"], "unsafe": ["unsafe"]}
 ROWS = [
     conversation("What color is the vault", "The vault is red. " * 6),
     conversation(
@@ -42,11 +43,7 @@ def broken():
 
 
 def behind(client, guard, **changes):
-    def prompt_of(messages, partial):
-        return guard.tokenizer(guard.render(messages, partial), add_special_tokens=False)["input_ids"]
-
-    made = {"tokenizer": guard.tokenizer, "prompt_of": prompt_of, "labels": LABELS, "identity": {"guard": "world"}}
-    return ServerGuard(client, **{**made, **changes})
+    return ServerGuard(client, **{"name": "world", "row": guard.row, "tokenizer": guard.tokenizer, **changes})
 
 
 def answer(body, **changes):
@@ -74,7 +71,7 @@ def test_a_real_server_gives_the_scores_of_the_guard_in_this_process(real, guard
     assert theirs == pytest.approx(ours, abs=1e-5)
     assert max(ours) - min(ours) > 0.9
     assert [score.p_safe for score in remote] == [score.spans[-1].p_safe for score in remote]
-    assert remote[0].scorer == {"guard": "world", "model": NAME, "chunk": 2, "unit": "words"}
+    assert remote[0].scorer == {**local[0].scorer, "model": NAME, "backend": "server"}
 
 
 def test_a_real_server_lists_fewer_tokens_and_bounds_still_hold(real, guard):
@@ -86,7 +83,7 @@ def test_a_real_server_lists_fewer_tokens_and_bounds_still_hold(real, guard):
     assert len(read) < len(scores), "one listed token cannot settle every score"
     for one, other in read:
         assert [s.p_safe for s in one.spans] == pytest.approx([s.p_safe for s in other.spans], abs=1e-3)
-    assert all("not among the 1 likeliest" in s.error for s in scores if s.p_safe is None)
+    assert all("not among the likeliest" in s.error for s in scores if s.p_safe is None)
 
 
 def test_what_a_real_server_refuses_is_a_reason(real, guard):
@@ -97,6 +94,13 @@ def test_what_a_real_server_refuses_is_a_reason(real, guard):
         assert first.spans == ()
         assert "HTTP 400: request (30" in first.error
         assert second.p_safe is not None
+    with Client(real, model=NAME) as client:
+        served = behind(client, guard)
+        served.check()
+        huge, third = served.score_many([conversation("x", "word " * 100_000), ROWS[2]], on_error="keep")
+        assert huge.error.endswith("tokens with its prompt; the server reads 1023")
+        assert third.p_safe is not None
+        assert client.counters.requests == 2, "what cannot fit is not sent"
     with Client(real, model="other") as client, pytest.raises(ValueError, match=f"serves {NAME}, not 'other'"):
         behind(client, guard).check()
     with Client(real, model="other") as client, pytest.raises(ValueError, match=f"for another model: '{NAME}'"):
@@ -149,6 +153,17 @@ def test_one_broken_row_is_listed_and_the_others_are_scored(broken, guard, fault
         assert client.counters.failures == (fault != "no-logprobs")
 
 
+def test_a_lost_conversation_is_not_asked_about_any_further(broken, guard):
+    broken.faults.append("400")
+    with Client(broken.url, model="tiny", concurrency=2) as client:
+        first, second = behind(client, guard).score_many(
+            [conversation("a", "word " * 500), ROWS[2]], chunk=1, on_error="keep"
+        )
+    assert first.error == "HTTP 400: injected 400, key sk-secret"
+    assert second.p_safe == pytest.approx(0.9 / 0.95)
+    assert len(broken.bodies) < 30
+
+
 def test_bursts_pass_without_a_trace(broken, guard):
     broken.faults.extend(["500", "cut", "503", "drop", "429"] * 3)
     with Client(broken.url, model="tiny", retries=20, pause_s=0.001) as client:
@@ -191,33 +206,74 @@ def test_a_server_without_log_probabilities_is_refused_at_the_start(broken, guar
             behind(client, guard).check()
 
 
-IDS, TEXTS = {"safe": (1, 2), "unsafe": (3,)}, {1: "yes", 2: "Yes", 3: "no"}
+ONE, TWO = GuardRow(), GuardRow(safe=("yes", "Yes"), unsafe=("no",))
 
 
-def logs(**values):
-    return sorted(((name, math.log(p)) for name, p in values.items()), key=lambda pair: -pair[1])
+def logs(*values):
+    return [None if value is None else math.log(value) for value in values]
 
 
 def test_v_is_the_share_of_the_label_tokens():
-    assert p_safe_of(logs(yes=0.3, Yes=0.1, no=0.2, x=0.05), IDS, TEXTS, wanted=4) == (pytest.approx(0.4 / 0.6), 0)
-    by_id = [(3, math.log(0.2)), (1, math.log(0.1)), (2, math.log(0.1))]
-    assert p_safe_of(by_id, IDS, TEXTS, wanted=3) == (pytest.approx(0.5), 0)
-    tiny = [(1, -5000.0), (2, -5000.0), (3, -5000.0), ("x", 0.0)]
-    with pytest.raises(ValueError, match="no label is among the 4 likeliest"):
-        p_safe_of(tiny, IDS, TEXTS, wanted=4)
+    assert bounded_p_safe([logs(0.3, 0.1, 0.2)], [-20.0], TWO) == (pytest.approx(0.4 / 0.6), 0)
+    assert bounded_p_safe([[-500.0, -501.0]], [-900.0], ONE) == (pytest.approx(1 / (1 + math.exp(-1))), 0)
+    middle = GuardRow(controversial=("hm",), controversial_weight=0.25)
+    assert bounded_p_safe([logs(0.1, 0.3, 0.4)], [-20.0], middle) == (pytest.approx(0.2 / 0.8), 0)
+    with pytest.raises(ValueError, match="no label is among the likeliest"):
+        bounded_p_safe([[None, None]], [-20.0], ONE)
+    with pytest.raises(ValueError, match="no label is among the likeliest"):
+        bounded_p_safe([[-9999.0, -9999.0]], [-20.0], ONE)
 
 
-def test_a_missing_label_counts_only_where_it_cannot_matter():
-    value, deviation = p_safe_of(logs(yes=0.6, Yes=0.3, x=0.0001), IDS, TEXTS, wanted=3)
-    assert 0.9 / 0.9001 <= value < 1
-    assert deviation == pytest.approx((1 - 0.9 / 0.9001) / 2)
-    for unsafe in (0.0, 0.0001):  # every value that the bound allows is as near as it says
-        assert abs(0.9 / (0.9 + unsafe) - value) <= deviation + 1e-12
-    with pytest.raises(ValueError, match="may matter"):
-        p_safe_of(logs(yes=0.6, Yes=0.3, x=0.01), IDS, TEXTS, wanted=3)
-    # The sampled token may stand beside the asked-for ones: it says nothing about the last of them.
-    with pytest.raises(ValueError, match="may matter"):
-        p_safe_of(logs(yes=0.6, Yes=0.3, x=0.05, sampled=0.0001), IDS, TEXTS, wanted=3)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_missing_label_counts_only_where_it_cannot_matter(place):
+    known = [0.3, 0.3, 0.3]
+    known[place] = None
+    value, deviation = bounded_p_safe([logs(*known)], [math.log(0.0005)], TWO)
+    assert 0 < deviation <= 1e-3
+    for hidden in (0.0, 0.0002, 0.0005):  # every value that the bound allows is as near as it says
+        yes, maybe, no = [hidden if p is None else p for p in known]
+        assert abs((yes + maybe) / (yes + maybe + no) - value) <= deviation + 1e-6
+    with pytest.raises(ValueError, match="it may matter"):
+        bounded_p_safe([logs(*known)], [math.log(0.01)], TWO)
+
+
+def test_several_reads_are_summed_out_and_bounded_together():
+    row = GuardRow(safe=("no",), unsafe=("yes",), asks=("first:",))
+    sure = [logs(0.9, 0.1), logs(0.8, 0.2), logs(0.4, 0.6)]
+    assert bounded_p_safe(sure, [-20.0] * 3, row) == (pytest.approx(0.9 * 0.8 + 0.1 * 0.4), 0)
+    value, deviation = bounded_p_safe([logs(0.9, None), logs(0.8, 0.2), logs(0.4, 0.6)], [math.log(0.002)] * 3, row)
+    assert value - deviation <= 0.8 - 0.4 * 0.002 / 0.902 + 1e-6
+    assert value + deviation == pytest.approx(0.8, abs=1e-6)
+
+
+def test_the_sampled_token_beside_the_likeliest_says_nothing_about_their_last(broken, guard):
+    """Two tokens are asked for; the third, unlikely one was sampled. `unsafe` may still have up to 0.05."""
+    listed = {"token_id:629": math.log(0.9), "token_id:7": math.log(0.05), "token_id:8": math.log(1e-6)}
+    broken.answer = lambda body: {**answer(body), "choices": [{"logprobs": {"top_logprobs": [listed]}}]}
+    with Client(broken.url, model="tiny") as client:
+        for wanted, failed in ((2, True), (3, False)):
+            served = behind(client, guard, top_logprobs=wanted)
+            (score,) = served.score_many([ROWS[2]], on_error="keep")
+            assert (score.p_safe is None) == failed
+            assert served.bounded == (not failed)
+
+
+def test_tokens_without_ids_are_told_by_their_text(broken, guard):
+    listed = {"safe": math.log(0.3), "unsafe": math.log(0.1)}
+    broken.answer = lambda body: {**answer(body), "choices": [{"logprobs": {"top_logprobs": [listed]}}]}
+    with Client(broken.url, model="tiny") as client:
+        (score,) = behind(client, guard).score_many([ROWS[2]])
+    assert score.p_safe == pytest.approx(0.75)
+
+
+def test_a_server_may_be_one_of_several_guards(broken, guard):
+    with Client(broken.url, model="tiny") as client:
+        both = Ensemble(members=(guard, behind(client, guard)), how="mean")
+        (score,) = both.score_many([ROWS[2]])
+        assert score.p_safe == pytest.approx((guard.score(ROWS[2])[-1].p_safe + 0.9 / 0.95) / 2)
+        broken.faults.append("400")
+        (score,) = both.score_many([ROWS[2]])
+        assert "HTTP 400" in score.error
 
 
 def test_both_forms_of_log_probabilities_are_read():
@@ -235,10 +291,14 @@ def test_both_forms_of_log_probabilities_are_read():
             likeliest({"choices": [{"logprobs": {"top_logprobs": [{"a": value}]}}]})
 
 
-def test_labels_are_single_tokens_or_names_of_tokens(guard):
-    assert label_ids(guard.tokenizer, LABELS) == {"safe": (629,), "unsafe": (775,)}
-    assert label_ids(guard.tokenizer, {"safe": ["safe", "Ġsafe"], "unsafe": ["unsafe"]})["safe"][0] == 629
-    with pytest.raises(ValueError, match=r"guard label 'quite unsafe' is \d tokens"):
-        label_ids(guard.tokenizer, {"safe": ["safe"], "unsafe": ["quite unsafe"]})
-    with pytest.raises(ValueError, match="needs label tokens that mean unsafe"):
-        label_ids(guard.tokenizer, {"safe": ["safe"]})
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (GuardRow(unsafe=("quite unsafe",)), r"guard label 'quite unsafe' is \d tokens"),
+        (GuardRow(kind="stream"), "is of kind stream; a server can run only guards with label tokens"),
+        (GuardRow(sharpen=True), "sharpen needs the logits themselves"),
+    ],
+)
+def test_rows_that_a_server_cannot_serve(guard, row, message):
+    with Client("http://localhost:1", model="tiny") as client, pytest.raises(ValueError, match=message):
+        behind(client, guard, row=row)
