@@ -188,15 +188,13 @@ def score_dataset(dataset: Dataset, scorer: Scorer, *, progress: Progress = lamb
     if len(dataset) == 0:
         raise ValueError("the dataset is empty")
 
-    def conversations() -> Iterator[list[Message]]:
-        for index, row in enumerate(dataset):
-            try:
-                yield conversation_of(row)
-            except ValueError as error:
-                raise ValueError(f"row {index}: {error}") from error
-
+    for index, row in enumerate(dataset):  # what cannot be scored is refused before any work is done
+        try:
+            conversation_of(row)
+        except ValueError as error:
+            raise ValueError(f"row {index}: {error}") from error
     column: list[dict[str, Any]] = []
-    for score in scorer(conversations()):
+    for score in scorer(conversation_of(row) for row in dataset):
         if score.p_safe is None:
             raise ValueError(f"row {len(column)}: {score.error}")
         column.append(as_column(score))
