@@ -55,7 +55,7 @@ def local(scorer: Scorer, *, block: int | None = BLOCK) -> Engine:
 def on_ray(make: Callable[[], Scorer], *, actors: int, scratch: Path, gpus: float = 0.0, block: int = BLOCK) -> Engine:
     """The scorer in `actors` actors of Ray Data, each made by `make`, which must be picklable.
 
-    What is to be scored goes as Parquet shards to `scratch`, a folder that every node of the cluster sees; scores come
+    What is to be scored goes as JSONL shards to `scratch`, a folder that every node of the cluster sees; scores come
     back to this process, which alone writes the store. `gpus`: of each actor. A running cluster is used where
     RAY_ADDRESS names one, else one is started here.
     Errors: ValueError where Ray is not installed, or a scorer fails as a whole.
@@ -68,59 +68,62 @@ def on_ray(make: Callable[[], Scorer], *, actors: int, scratch: Path, gpus: floa
     def run(items: Iterable[Item]) -> Iterator[tuple[str, Score]]:
         shutil.rmtree(scratch, ignore_errors=True)
         try:
-            if _write_shards(items, scratch, block, 4 * actors):
-                yield from _scored(ray, make, actors=actors, scratch=scratch, gpus=gpus)
+            shards = _write_shards(items, scratch, block, 4 * actors)
+            if shards:
+                yield from _scored(ray, make, actors=actors, shards=shards, gpus=gpus)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
     return run
 
 
-def _write_shards(items: Iterable[Item], scratch: Path, block: int, small: int) -> int:
-    """Blocks as rows of Parquet files: a row is never split, so an actor's block is ours. Returns their number.
+def _write_shards(items: Iterable[Item], scratch: Path, block: int, small: int) -> list[str]:
+    """Files with a block of conversations in each line; returns their paths.
 
     The first `small` files hold one block each, so that little work is spread over all actors too.
     """
-    import pyarrow as pa
-    from pyarrow import parquet
-
     scratch.mkdir(parents=True)
-    blocks, written = _blocks(items, block), 0
-    while shard := list(islice(blocks, 1 if written < small else _SHARD)):
-        content = [json.dumps([[key, list(map(dict, messages))] for key, messages in few]) for few in shard]
-        parquet.write_table(pa.table({"block": content}), scratch / f"{written:09}.parquet", row_group_size=1)
-        written += len(shard)
-    return written
+    paths: list[str] = []
+    blocks = _blocks(items, block)
+    while shard := list(islice(blocks, 1 if len(paths) < small else _SHARD)):
+        paths.append(str(scratch / f"{len(paths):09}.jsonl"))
+        with Path(paths[-1]).open("w") as lines:
+            for few in shard:
+                lines.write(json.dumps([[key, list(map(dict, messages))] for key, messages in few]) + "\n")
+    return paths
 
 
 class _Actor:
-    """Made once on every actor; then called with one block at a time."""
+    """Made once on every actor; then called with one shard at a time."""
 
     def __init__(self, make: Callable[[], Scorer]) -> None:
         self.scorer = make()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         found = []
-        for text in batch["block"]:
-            items = json.loads(text)
-            scores = self.scorer([messages for _, messages in items])
-            found += [[key, asdict(score)] for (key, _), score in zip(items, scores, strict=True)]
+        for path in batch["shard"]:
+            with Path(path).open() as lines:
+                for line in lines:
+                    items = json.loads(line)
+                    scores = self.scorer([messages for _, messages in items])
+                    found += [[key, asdict(score)] for (key, _), score in zip(items, scores, strict=True)]
         return {"scores": [json.dumps(found)]}
 
 
 def _scored(
-    ray: Any, make: Callable[[], Scorer], *, actors: int, scratch: Path, gpus: float
+    ray: Any, make: Callable[[], Scorer], *, actors: int, shards: Sequence[str], gpus: float
 ) -> Iterator[tuple[str, Score]]:
     started = not ray.is_initialized()
     if started:
-        # Reading the shards needs a processor beside the actors', if only on paper: without it nothing would start.
+        # Ray's own tasks need a processor beside the actors', if only on paper: without it nothing would start.
         own = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": actors + 1, "include_dashboard": False}
         ray.init(logging_level="ERROR", log_to_driver=False, **own)
     try:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.data.DataContext.get_current().enable_progress_bars = False
-        blocks = ray.data.read_parquet(str(scratch))
-        results = blocks.map_batches(
+        # Not `read_json`: Ray's readers join small files and infer types, and one shard shall be one piece of work.
+        work = ray.data.from_items([{"shard": path} for path in shards], override_num_blocks=len(shards))
+        results = work.map_batches(
             _Actor,
             fn_constructor_args=(make,),
             batch_size=1,
