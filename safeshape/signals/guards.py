@@ -1,15 +1,16 @@
 """Guard models as a signal: the Safety Trajectory Assessment of Response (STAR).
 
 A guard is a row of the table in `guard_rows.py`, which says how it is asked and read. Every partial response is
-rendered as the row says, tokenised as a whole and forwarded; V = exp(l_safe) / (exp(l_safe) + exp(l_unsafe)) on the raw
-logits of the label tokens. This is the naive form, one forward per prefix: the truth that faster scorers are tested
-against.
+rendered as the row says and tokenised as a whole; V = exp(l_safe) / (exp(l_safe) + exp(l_unsafe)) on the raw logits of
+the label tokens after it. All partial responses of one conversation share one prefill (`prefix.py`); `Guard.p_safe` is
+the naive form, one forward per text: the truth that the shared one is tested against.
 
 Shape suffixes: S partial answers, R reads per partial answer, N = S * R sequences, K label tokens.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,11 +20,19 @@ from safeshape.models import load
 from safeshape.signals.chunks import Unit, chunk_ends
 from safeshape.signals.classifiers import Classifier, load_classifier
 from safeshape.signals.guard_rows import GuardRow, fingerprint, label_ids, p_safe_of, render, row_of, suffixes
-from safeshape.signals.prefix import naive_label_logits
-from safeshape.signals.reading import Item, Reading
+from safeshape.signals.partials import Partials, Splice, encodable, splice_rule
+from safeshape.signals.prefix import NaiveScorer, choose_scorer, naive_label_logits
+from safeshape.signals.reading import Failure, Item, Reading, score_of
+from safeshape.signals.refine import Refine, RefineReport
 from safeshape.signals.sharpen import Sharpen
+from safeshape.signals.stream import OnError, Scorer, Trajectory, trajectories
 from safeshape.signals.streams import StreamGuard, load_stream
 from safeshape.types import Score, Span
+
+# Read once at the start, to see whether a shared prefill gives this model's own logits.
+_SAMPLE = (
+    "User: what is a fox?\n\nAgent: A fox is a small animal. It lives in the wood, and it is rarely seen by day.\n\n"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +40,7 @@ class Guard:
     """A loaded guard. `identity` goes into the scored data: model, revision, row.
 
     `labels`: the token of each label of the row. `suffixes`: the tokens appended to a text for each read.
+    `max_tokens`: tokens of one forward with a shared prefill; see `PrefixScorer`.
     """
 
     name: str
@@ -40,6 +50,18 @@ class Guard:
     labels: tuple[int, ...]
     suffixes: tuple[tuple[int, ...], ...]
     revision: str
+    max_tokens: int | None = None
+
+    @cached_property
+    def scorer(self) -> tuple[Scorer, str]:
+        """What runs the model, chosen by a check at the first use, and why: `shared prefill`, or `naive: ...`."""
+        sample = self.tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]
+        return choose_scorer(self.model, self.labels, sample, max_tokens=self.max_tokens)
+
+    @cached_property
+    def splice(self) -> Splice:
+        """Where tokens of partial answers may be joined to those of the full one."""
+        return splice_rule(self.tokenizer)
 
     def score(self, messages: Sequence[Message], *, chunk: int = 5, unit: Unit = "words") -> list[Span]:
         """The score of every partial response of one conversation, as spans over its last message.
@@ -58,45 +80,68 @@ class Guard:
         *,
         chunk: int = 5,
         unit: Unit = "words",
+        refine: bool | Refine = False,
+        tolerance: float = 0.05,
+        report: RefineReport | None = None,
+        on_error: OnError = "stop",
         batch_size: int = 64,
         window: int = 64,
+        window_tokens: int = 32768,
     ) -> Iterator[Score]:
-        """Score a stream of conversations in order; `window` conversations are read ahead and batched together.
+        """Score a stream of conversations in order; up to `window` are read ahead and share forwards.
 
+        `refine`: score coarsely, then only where scores move by more than `tolerance` (`refine.py`; give a `Refine` for
+        its other settings); `report` then collects what that saved and missed. `on_error`: "stop" raises for the first
+        bad row, after all rows before it; "keep" gives it a score of None with its `error` and goes on.
+        `batch_size`: texts of one forward, for a guard that cannot share a prefill.
         Errors: ValueError that names the conversation, as `row 3: ...`.
         """
-        buffer: list[tuple[str, list[int], list[str]]] = []
-        for index, messages in enumerate(conversations):
-            try:
-                answer = answer_of({"messages": messages})
-                ends = chunk_ends(answer, chunk, unit, self.tokenizer)
-                buffer.append((answer, ends, [self.render(messages, answer[:end]) for end in ends]))
-            except ValueError as error:
-                raise ValueError(f"row {index}: {error}") from error
-            if len(buffer) == window:
-                yield from self._flush(buffer, chunk, unit, batch_size)
-                buffer = []
-        if buffer:
-            yield from self._flush(buffer, chunk, unit, batch_size)
+        settings = refine if isinstance(refine, Refine) else Refine(tolerance=tolerance) if refine else None
+        identity = self.identity(chunk, unit, settings)
+
+        def prepare(messages: Sequence[Message]) -> tuple[Partials, Sequence[int]]:
+            answer = encodable(answer_of({"messages": messages}))
+            return self._partials(messages), chunk_ends(answer, chunk, unit, self.tokenizer)
+
+        rows = trajectories(
+            conversations,
+            self._running(batch_size),
+            prepare,
+            lambda logits_NK: p_safe_of(logits_NK, self.row),
+            refine=settings,
+            report=report,
+            on_error=on_error,
+            window=window,
+            window_tokens=window_tokens,
+        )
+        for row in rows:
+            yield score_of(row.ends, _reading(row), identity)
 
     def render(self, messages: Sequence[Message], partial: str) -> str:
         """The text the guard reads for a partial response, up to where its own answer begins."""
         return render(self.row, self.tokenizer, messages, partial)
 
     def p_safe(self, texts: Sequence[str], *, batch_size: int = 64) -> list[float]:
-        """V for rendered texts, batched by length. Padding is on the left and masked: it never changes a score."""
-        tokens = self.tokenizer(list(texts), add_special_tokens=self.row.special_tokens)["input_ids"]
+        """V for rendered texts, one forward each, batched by length: the truth for `score_many`."""
+        texts = [encodable(text) for text in texts]
+        tokens = self.tokenizer(texts, add_special_tokens=self.row.special_tokens)["input_ids"]
         ids = [[*text, *suffix] for text in tokens for suffix in self.suffixes]
         logits_NK = naive_label_logits(self.model, ids, self.labels, batch_size=batch_size)
         return [float(value) for value in p_safe_of(logits_NK, self.row)]
 
     def p_safe_at(self, items: Sequence[Item], *, batch_size: int = 64) -> list[Reading]:
         """p_safe of the partial answers of each conversation that end at the given character offsets."""
-        texts = [self.render(messages, messages[-1]["content"][:end]) for messages, ends in items for end in ends]
-        scores = iter(self.p_safe(texts, batch_size=batch_size))
-        return [[next(scores) for _ in ends] for _, ends in items]
+        ends = iter([ends for _, ends in items])
+        rows = trajectories(
+            [messages for messages, _ in items],
+            self._running(batch_size),
+            lambda messages: (self._partials(messages), next(ends)),
+            lambda logits_NK: p_safe_of(logits_NK, self.row),
+            on_error="keep",
+        )
+        return [_reading(row) for row in rows]
 
-    def identity(self, chunk: int, unit: Unit) -> dict[str, Any]:
+    def identity(self, chunk: int, unit: Unit, refine: Refine | None = None) -> dict[str, Any]:
         """What made a score: enough to make it again."""
         return {
             "guard": self.name,
@@ -105,16 +150,27 @@ class Guard:
             "row": fingerprint(self.row, self.tokenizer),
             "chunk": chunk,
             "unit": unit,
+            "engine": self.scorer[1],
+            "refine": None if refine is None else {"tolerance": refine.tolerance, "stride": refine.stride},
         }
 
-    def _flush(
-        self, buffer: list[tuple[str, list[int], list[str]]], chunk: int, unit: Unit, batch_size: int
-    ) -> Iterator[Score]:
-        scores = iter(self.p_safe([text for _, _, texts in buffer for text in texts], batch_size=batch_size))
-        for _, ends, _ in buffer:
-            starts = [0, *ends[:-1]]
-            spans = tuple(Span(start=a, end=b, p_safe=next(scores)) for a, b in zip(starts, ends, strict=True))
-            yield Score(signal="star", p_safe=spans[-1].p_safe, spans=spans, scorer=self.identity(chunk, unit))
+    def _partials(self, messages: Sequence[Message]) -> Partials:
+        return Partials(
+            self.tokenizer,
+            lambda partial: self.render(messages, partial),
+            messages[-1]["content"],
+            endings=self.suffixes,
+            special=self.row.special_tokens,
+            rule=self.splice,
+        )
+
+    def _running(self, batch_size: int) -> Scorer:
+        scorer, _ = self.scorer
+        return scorer.batched(batch_size) if isinstance(scorer, NaiveScorer) else scorer
+
+
+def _reading(row: Trajectory) -> Reading:
+    return row.values if row.error is None else Failure(reason=row.error)
 
 
 AnyGuard = Guard | Classifier | StreamGuard

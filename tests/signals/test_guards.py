@@ -85,7 +85,16 @@ def test_the_score_carries_its_identity_and_the_last_spans_value():
     score = next(guard.score_many([conversation("what", ANSWER)], chunk=4))
     assert score.p_safe == score.spans[-1].p_safe
     row = fingerprint(guard.row, guard.tokenizer)
-    assert score.scorer == {"guard": "test", "model": "", "revision": "main", "row": row, "chunk": 4, "unit": "words"}
+    assert score.scorer == {
+        "guard": "test",
+        "model": "",
+        "revision": "main",
+        "row": row,
+        "chunk": 4,
+        "unit": "words",
+        "engine": "shared prefill",
+        "refine": None,
+    }
 
 
 LLAMA_GUARD_SHAPE = (
