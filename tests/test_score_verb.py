@@ -128,6 +128,7 @@ CHANGES = {
     "chunk": (None, {"chunk": 4}),
     "unit": (None, {"unit": "tokens"}),
     "sharpen": (None, {"sharpen": "true"}),
+    "refine": (None, {"refine": "true"}),
 }
 
 
@@ -148,6 +149,28 @@ def test_what_does_not_change_a_score_finds_it(setting, capsys):
     capsys.readouterr()
     assert setting(batch_size=3, on_error="keep") == 0
     assert counts(capsys.readouterr().out) == (0, 6)
+
+
+def test_refine_says_what_it_saved_and_its_tolerance_counts(setting, tmp_path, capsys):
+    long = [{"messages": conversation("q", " ".join(f"word{n % 7}" for n in range(60)))}]
+    data = write(tmp_path / "data.jsonl", long)
+    for tolerance, now in ((0.3, 1), (0.3, 0), (0.01, 1)):
+        assert setting(dataset_name=data, chunk=1, refine="true", tolerance=tolerance) == 0
+        out = capsys.readouterr().out
+        assert counts(out)[0] == now
+        assert (" of 60 partial answers were scored; 1 rows were scored in full beside" in out) == (now == 1)
+    assert read(tmp_path / "out.jsonl")[0]["safety"]["scorer"]["refine"]["tolerance"] == 0.01
+    flags = {"guard": f"{tmp_path / 'row.yaml'}+world", "guard_model": None, "refine": "true"}
+    assert setting(**flags) == 2
+
+
+def test_an_answer_too_long_for_the_guard_is_one_failed_row(setting, tmp_path, capsys):
+    rows = [ROWS[0], {"messages": conversation("q", "word " * 100_000)}, ROWS[1]]
+    assert setting("--on-error", "keep", dataset_name=write(tmp_path / "data.jsonl", rows)) == 0
+    assert "1 row failed (first: row 1: " in capsys.readouterr().out
+    found = read(tmp_path / "out.jsonl")
+    assert [row["safety"]["p_safe"] is None for row in found] == [False, True, False]
+    assert "512" in found[1]["safety"]["error"]
 
 
 def test_several_guards(setting, tmp_path, capsys):
@@ -289,7 +312,7 @@ def test_scores_of_a_real_server_are_those_of_this_process(setting, tmp_path, ca
         assert [s["p_safe"] for s in a["safety"]["spans"]] == pytest.approx(
             [s["p_safe"] for s in b["safety"]["spans"]], abs=1e-5
         )
-        assert a["safety"]["scorer"]["backend"] == "server"
+        assert a["safety"]["scorer"]["engine"] == "server"
 
 
 def logprobs(body):

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -22,7 +22,8 @@ from safeshape.signals.chunks import Unit
 from safeshape.signals.column import Scorer
 from safeshape.signals.ensembles import Ensemble, load_scorer
 from safeshape.signals.guard_rows import row_of
-from safeshape.signals.guards import load_guard
+from safeshape.signals.guards import Guard, load_guard
+from safeshape.signals.refine import Refine, RefineReport
 from safeshape.signals.server import ServerGuard
 from safeshape.types import Score
 
@@ -34,13 +35,14 @@ _ROW = re.compile(r"^row \d+: ")
 class Opened:
     """A scorer with what it is. `scorer`: as it stands in the scored data. `maker`: everything that makes a score.
 
-    `server`: the guard behind a server, where there is one.
+    `server`: the guard behind a server, where there is one. `refined`: what refining saved, where it was asked for.
     """
 
     score: Scorer
     scorer: dict[str, Any]
     maker: dict[str, Any]
     server: ServerGuard | None = None
+    refined: RefineReport | None = None
 
 
 def fingerprint(model: str, revision: str, *, file: str = "config.json") -> str:
@@ -76,7 +78,7 @@ def open_scorer(config: ScoreConfig, sources: Sequence[str | None]) -> Opened:
     """
     if config.server is not None:
         return _open_server(config)
-    unit = cast(Unit, config.unit)
+    unit: Unit = config.unit
     options: dict[str, Any] = {"revision": config.revision, "dtype": config.dtype, "device": config.device}
     options["sharpen"] = True if config.sharpen else None
     if len(config.guard) == 1:
@@ -84,15 +86,21 @@ def open_scorer(config: ScoreConfig, sources: Sequence[str | None]) -> Opened:
     else:
         pairs = zip(config.guard, sources, strict=True)
         guard = Ensemble(members=tuple(load_guard(g, model=s, **options) for g, s in pairs), how=config.combine)
-    refining: dict[str, Any] = {"refine": True, "tolerance": config.tolerance} if config.refine else {}
-    settings: dict[str, Any] = {"chunk": config.chunk, "unit": unit, "batch_size": config.batch_size, **refining}
-    scorer = {**guard.identity(config.chunk, unit), **refining}
-    maker = {"scorer": {**_with_weights(guard.identity(config.chunk, unit)), **refining}, "dtype": config.dtype}
+    settings: dict[str, Any] = {"chunk": config.chunk, "unit": unit, "batch_size": config.batch_size}
+    scorer, report = guard.identity(config.chunk, unit), None
+    if isinstance(guard, Guard):
+        refine = Refine(tolerance=config.tolerance) if config.refine else None
+        report = RefineReport() if config.refine else None
+        scorer = guard.identity(config.chunk, unit, refine)
+        settings |= {"refine": refine or False, "report": report, "on_error": "keep"}
+    elif config.refine:
+        raise ValueError("refine is for a single guard with label tokens")
 
     def score(conversations: Iterable[Sequence[Message]]) -> Iterator[Score]:
         return guard.score_many(conversations, **settings)
 
-    return Opened(score=one_by_one(score, scorer), scorer=scorer, maker=maker)
+    maker = {"scorer": _with_weights(scorer), "dtype": config.dtype}
+    return Opened(score=one_by_one(score, scorer), scorer=scorer, maker=maker, refined=report)
 
 
 def make_scorer(config: ScoreConfig, sources: Sequence[str | None]) -> Scorer:
@@ -101,7 +109,7 @@ def make_scorer(config: ScoreConfig, sources: Sequence[str | None]) -> Scorer:
 
 
 def _open_server(config: ScoreConfig) -> Opened:
-    unit, revision = cast(Unit, config.unit), config.revision or "main"
+    unit, revision = config.unit, config.revision or "main"
     name, row = row_of(config.guard[0])
     tokenizer = AutoTokenizer.from_pretrained(str(config.tokenizer), revision=revision)
     client = Client(

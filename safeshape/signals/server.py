@@ -147,9 +147,9 @@ class ServerGuard:
             "model": self.client.model,
             "revision": self.revision,
             "row": fingerprint(self.row, self.tokenizer),
-            "backend": "server",
             "chunk": chunk,
             "unit": unit,
+            "engine": "server",
         }
 
     def score_many(

@@ -71,7 +71,9 @@ def test_a_real_server_gives_the_scores_of_the_guard_in_this_process(real, guard
     assert theirs == pytest.approx(ours, abs=1e-5)
     assert max(ours) - min(ours) > 0.9
     assert [score.p_safe for score in remote] == [score.spans[-1].p_safe for score in remote]
-    assert remote[0].scorer == {**local[0].scorer, "model": NAME, "backend": "server"}
+    told = {**local[0].scorer, "model": NAME, "engine": "server"}
+    assert remote[0].scorer == {name: told[name] for name in remote[0].scorer}
+    assert set(told) - set(remote[0].scorer) == {"refine"}
 
 
 def test_a_real_server_lists_fewer_tokens_and_bounds_still_hold(real, guard):
