@@ -53,7 +53,9 @@ class ScoreConfig:
     timeout: float = option(60.0, help="server: seconds for one try of a request")
     retries: int = option(5, help="server: further tries of a request")
     top_logprobs: int = option(20, help="server: how many of the likeliest tokens it lists")
-    api_key: str = option("OPENAI_API_KEY", help="server: NAME of the environment variable that holds the key")
+    api_key_variable: str = option(
+        "OPENAI_API_KEY", help="server: name of the environment variable that holds the key; local servers need none"
+    )
 
     @field_validator("guard", "guard_model", mode="before")
     @classmethod
@@ -86,5 +88,7 @@ class ScoreConfig:
             raise ValueError("engine ray runs guards of its own; with a server leave engine local")
         if self.refine or self.sharpen:
             raise ValueError("refine and sharpen need the guard in this process; leave out --server")
+        if not self.api_key_variable.isidentifier():  # not repeated here: it may be the key itself
+            raise ValueError("api_key_variable must be the name of an environment variable, never the key")
         if self.concurrency < 1 or self.timeout <= 0 or self.retries < 0 or self.top_logprobs < 1:
             raise ValueError("concurrency and top_logprobs must be at least 1, timeout above 0, retries at least 0")

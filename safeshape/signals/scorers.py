@@ -118,7 +118,7 @@ def _open_server(config: ScoreConfig) -> Opened:
         concurrency=config.concurrency,
         timeout_s=config.timeout,
         retries=config.retries,
-        key_variable=config.api_key,
+        key_variable=config.api_key_variable,
     )
     guard = ServerGuard(
         client, name=name, row=row, tokenizer=tokenizer, revision=revision, top_logprobs=config.top_logprobs

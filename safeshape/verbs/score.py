@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +42,12 @@ def score(config: ScoreConfig) -> str:
     source = open_source(config.dataset_name, config.dataset_split)
     given: list[str | None] = list(config.guard_model) or [None] * len(config.guard)
     sources = [world.path("guard") if g == "world" and not m else m for g, m in zip(config.guard, given, strict=True)]
-    opened = open_scorer(config, sources)
+    # A cluster scores with guards of its own; the one here only tells what it is, and needs no GPU for that.
+    opened = open_scorer(config if config.engine == "local" else replace(config, device="cpu"), sources)
+    store_path = config.store or f"{output}.store.sqlite"
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with Store(config.store or f"{output}.store.sqlite") as store, bars() as progress:
+        with Store(store_path) as store, bars() as progress:
             outcome = fill(
                 source.rows,
                 _engine(config, opened, sources),
@@ -58,7 +61,7 @@ def score(config: ScoreConfig) -> str:
     finally:
         if opened.server is not None:
             opened.server.client.close()
-    return _summary(config, outcome, opened)
+    return "\n".join([*_summary(config, outcome, opened), f"The scores are kept in {store_path}."])
 
 
 def _engine(config: ScoreConfig, opened: "Opened", sources: Sequence[str | None]) -> "Engine":
@@ -86,7 +89,7 @@ def _schema(source: Any, scorer: dict[str, Any]) -> Any:
     return with_column(schema, "safety", safety_type(scorer))
 
 
-def _summary(config: ScoreConfig, outcome: "Outcome", opened: "Opened") -> str:
+def _summary(config: ScoreConfig, outcome: "Outcome", opened: "Opened") -> list[str]:
     lines = [
         f"scored {outcome.rows - outcome.failed} rows ({outcome.scored} now, {outcome.reused} from the store), "
         f"{outcome.unsafe} with p_safe below 0.5; wrote {config.output}"
@@ -106,4 +109,4 @@ def _summary(config: ScoreConfig, outcome: "Outcome", opened: "Opened") -> str:
             f"{done.requests} requests, {done.retries} retries, {done.failures} failures, {done.prompt_tokens} prompt "
             f"tokens; {opened.server.bounded} scores were read from a bound"
         )
-    return "\n".join(lines)
+    return lines
