@@ -39,6 +39,7 @@ class Faulty(ThreadingHTTPServer):
         self.paths: list[str] = []
         self.keys: list[str | None] = []
         self.now = self.most = 0
+        self.stopped = False
         self.lock = threading.Lock()
 
     @property
@@ -63,6 +64,9 @@ class Handler(BaseHTTPRequestHandler):
         return self.send(200, {"object": "list", "data": [{"id": name} for name in self.server.models]})
 
     def do_POST(self) -> None:
+        if self.server.stopped:  # open connections outlive the server
+            self.close_connection = True
+            return
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.bodies.append(body)
@@ -137,6 +141,7 @@ def faulty_server() -> Iterator[Faulty]:
     try:
         yield server
     finally:
+        server.stopped = True
         server.shutdown()
         server.server_close()
         thread.join()

@@ -2,6 +2,7 @@
 
 import itertools
 import socket
+import threading
 import time
 from email.utils import formatdate
 
@@ -32,8 +33,14 @@ def one(server, **changes):
 
 
 def test_replies_come_in_order_and_at_most_so_many_at_once(server):
-    server.delay_s = lambda body: 0.05 if body["prompt"] == "0" else 0.002 * (int(body["prompt"]) % 3)
-    with client_of(server, concurrency=4) as client:
+    together = threading.Barrier(4)
+
+    def wait(body):
+        together.wait(30)  # breaks if fewer than four are ever on their way
+        return 0.05 if body["prompt"] == "0" else 0.02
+
+    server.delay_s = wait
+    with client_of(server, concurrency=4, timeout_s=60.0) as client:
         got = ask(client, map(str, range(40)))
         assert [reply.data["choices"][0]["text"] for _, reply in got] == [str(n) for n in range(40)]
         assert [tag for tag, _ in got] == [str(n) for n in range(40)]

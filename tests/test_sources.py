@@ -107,6 +107,20 @@ def test_what_is_written_comes_back(tmp_path, name):
         write_rows(output, ROWS, schema_of(ROWS))
 
 
+@pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
+def test_the_output_appears_at_once(tmp_path, name):
+    """The file that was written on the side is the output: it was renamed, not copied."""
+    seen = []
+
+    def watched():
+        yield from ROWS
+        seen.append((tmp_path / f".{name}.part").stat().st_ino)
+        assert not (tmp_path / name).exists()
+
+    write_rows(tmp_path / name, watched(), schema_of(ROWS))
+    assert seen == [(tmp_path / name).stat().st_ino]
+
+
 @pytest.mark.parametrize("name", ["out.jsonl", "out.parquet", "out"])
 def test_a_run_that_breaks_while_writing_leaves_nothing(tmp_path, name):
     def broken():
@@ -120,7 +134,7 @@ def test_a_run_that_breaks_while_writing_leaves_nothing(tmp_path, name):
 
 
 def test_columns_that_differ_between_rows(tmp_path):
-    late = [*({"a": None, "b": {"x": 1}} for _ in range(300)), {"a": 1.5, "b": {"y": "z"}, "c": []}]
+    late = [*({"a": 1, "b": {"x": 1}} for _ in range(300)), {"a": 1.5, "b": {"y": "z"}, "c": []}]
     schema = schema_of(late)
     assert schema.names == ["a", "b", "c"]
     assert schema.field("a").type == pa.float64()

@@ -118,6 +118,18 @@ def test_failures_stop_the_run_or_stand_in_their_rows(store):
     assert [row["safety"]["p_safe"] for row in found] == [0.01, 0.03, 0.01, 0.03, None]
 
 
+@pytest.mark.parametrize("block", [BLOCK, None])
+def test_equal_rows_far_apart_are_asked_about_once(store, block):
+    rows = rows_of("twin", "bad", *(str(number) for number in range(2 * WINDOW)), "bad", "twin")
+    fake = Fake(refuses={"bad"})
+    greedy = fake if block else lambda conversations: fake(list(conversations))  # reads all before it answers
+    outcome, found = run(rows, greedy, store, keep=True, block=block)
+    assert sorted(fake.asked) == sorted({row["messages"][1]["content"] for row in rows})
+    assert [row["safety"]["p_safe"] for row in (found[0], found[-1])] == [0.04, 0.04]
+    assert [row["safety"]["error"] for row in (found[1], found[-2])] == ["refused 'bad'"] * 2
+    assert outcome.failed == 2
+
+
 @pytest.mark.parametrize("raises", [{"c"}, {"a", "e"}, {"a", "b", "c", "d", "e"}])
 def test_a_guard_that_raises_loses_only_the_rows_it_raises_for(store, raises):
     fake = Fake(raises=raises)
