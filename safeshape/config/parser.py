@@ -37,7 +37,7 @@ def parser_for(config: type[Any], verb: str) -> Parser:
         required = item.default is MISSING and item.default_factory is MISSING
         default = item.default_factory() if item.default_factory is not MISSING else item.default
         shown = " (required)" if required else f" (default: {default})"
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, **({"nargs": "+"} if many else {})}
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, **({"nargs": "+", "action": "extend"} if many else {})}
         # A positional `action` reads better than a flag: `safeshape world build`.
         name = item.name if item.name == "action" else f"--{item.name}"
         if item.name == "action":
@@ -103,9 +103,21 @@ def validated(config: type[C], values: dict[str, Any]) -> C:
         raise ValueError(first_problem(error)) from error
 
 
+def underscored(argv: Sequence[str]) -> list[str]:
+    """The arguments with `--some-flag` as `--some_flag`; what follows an equals sign stays as it is."""
+    found = []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        found.append(
+            (name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name) + equals + value
+        )
+    return found
+
+
 def parse(config: type[C], verb: str, argv: Sequence[str]) -> C:
     """Read a verb's settings from `--config` and flags; flags win. Errors: ValueError that names the field."""
-    flags = {k: v for k, v in vars(parser_for(config, verb).parse_args(list(argv))).items() if v is not None}
+    given = vars(parser_for(config, verb).parse_args(underscored(argv)))
+    flags = {k: v for k, v in given.items() if v is not None}
     path = flags.pop("config", None)
     values = {} if path is None else read_yaml(path)
     known = [item.name for item in fields(config)]  # type: ignore[arg-type]
