@@ -260,8 +260,8 @@ def verify_reference(
 ) -> None:
     """Check before training that the reference is the starting model and does not move when the policy moves.
 
-    `model` is what is run, `unwrapped` the model in it; `vocabulary`: tokens of the tokenizer, which both must know. With
-    `disturb`, the policy's trainable weights (all of an adapter, else its smallest tensor) are moved for a moment.
+    `model` is what is run, `unwrapped` the model in it; `vocabulary`: tokens of the tokenizer, which both must know.
+    With `disturb`, the policy's trainable weights (all of an adapter, else its smallest tensor) are moved for a moment.
     Errors: RuntimeError that says which check failed; ValueError for a reference with another vocabulary.
     """
 
