@@ -81,18 +81,48 @@ def _plain(message: str, found: TrlParser) -> str:
 
 
 def scored(dataset: Dataset, settings: Settings, model_name: str, progress: Any) -> Dataset:
-    """The dataset with the `safety` column that the settings ask for; the scorer is on the training device."""
+    """The dataset with the `safety` column that the settings ask for; the scorer is on the training device.
+
+    A probe beside a policy with a reference scores later, off the reference's own pass.
+    """
     config, args, model_args = settings
     if config.guard:
         source = world.path("guard") if config.guard == "world" else None
         guard = load_guard(config.guard, model=config.guard_model or source, device=str(args.device))
         return score_dataset(dataset, lambda rows: guard.score_many(rows, chunk=config.chunk), progress=progress)
-    if config.probe:
+    if config.probe and not resolve_policy(config.policy or "").needs_reference:
         dtype, revision = model_args.dtype or "float32", model_args.model_revision
         model, tokenizer = load(model_name, revision=revision, dtype=dtype)
         probe = Probe.from_pretrained(config.probe, model=model.to(args.device), tokenizer=tokenizer)
         return score_dataset(dataset, probe.score_many, progress=progress)
     return dataset
+
+
+def make_trainer(model_name: str, dataset: Dataset, settings: Settings) -> SafeTrainer:
+    """The trainer that the settings describe."""
+    config, args, model_args = settings
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype or "float32",
+    }
+    peft_config: PeftConfig | None = get_peft_config(model_args)
+    online = config.probe is not None and resolve_policy(config.policy or "").needs_reference
+    return SafeTrainer(
+        model_name,
+        args,
+        train_dataset=dataset,
+        policy=config.policy or "",
+        reference=config.reference,
+        probe=Probe.from_pretrained(config.probe, weights_only=True) if online and config.probe else None,
+        gradient_floor=config.gradient_floor,
+        overlong=config.overlong,
+        loss_head=config.loss_head,
+        cache_dir=config.cache_dir,
+        cache_dtype=config.cache_dtype,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=peft_config,
+    )
 
 
 def train(argv: Sequence[str], progress: Any) -> str:
@@ -106,8 +136,7 @@ def train(argv: Sequence[str], progress: Any) -> str:
     if not model_args.model_name_or_path:
         raise ValueError("model_name_or_path must be given")
     refuse_unsupported(args)
-    policy: Any = config.policy
-    resolved = resolve_policy(policy)
+    resolved = resolve_policy(config.policy or "")
     name = model_path(model_args.model_name_or_path)
     dataset = read_dataset(config.dataset_name, config.dataset_split)
     check_first_row(dataset)
@@ -117,27 +146,7 @@ def train(argv: Sequence[str], progress: Any) -> str:
             "give --guard or --probe, or run `safeshape score` first"
         )
     dataset = scored(dataset, (config, args, model_args), name, progress)
-    quantization = get_quantization_config(model_args)
-    args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype or "float32",
-    }
-    peft_config: PeftConfig | None = get_peft_config(model_args)
-    trainer = SafeTrainer(
-        name,
-        args,
-        train_dataset=dataset,
-        policy=policy,
-        reference=config.reference,
-        gradient_floor=config.gradient_floor,
-        overlong=config.overlong,
-        loss_head=config.loss_head,
-        cache_dir=config.cache_dir,
-        cache_dtype=config.cache_dtype,
-        quantization_config=quantization,
-        peft_config=peft_config,
-    )
+    trainer = make_trainer(name, dataset, (config, args, model_args))
     resume: str | bool | None = args.resume_from_checkpoint
     outcome = trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
     trainer.save_model(args.output_dir)

@@ -170,7 +170,7 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
     ) -> tuple[list[Any], torch.Tensor | int | None]:
         """Collect the micro-batches of one update; the mean risk is over all of them and all ranks."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if samples:
+        if samples and (self._reader is None or isinstance(self.reference, Cached)):
             risk_B = torch.cat([self._risk(sample) for sample in samples]).to(device)
             total = self.accelerator.reduce(torch.stack([risk_B.sum(), risk_B.new_tensor(float(len(risk_B)))]))
             risk, ema = float(total[0] / total[1]), float(self.policy.parameters.get("ema", 0.0))

@@ -253,7 +253,19 @@ def test_a_probe_named_in_the_command_scores_the_data(command, tmp_path, model_f
     assert main(command(dataset_name=plain, probe=str(tmp_path / "probe"), policy="adaptive")) == 0
     record = json.loads((tmp_path / "out" / "safeshape.json").read_text())
     assert record["signals"][0]["signal"] == "probe"
-    assert 1 - record["state"]["risk_ema"] == pytest.approx(probe.p_safe(["unsafe one"])[0], abs=1e-5)
+    log = json.loads((tmp_path / "out" / "train_results.json").read_text())["log"]
+    risk = 1 - probe.p_safe(["unsafe one"])[0]
+    assert log[0]["kl_weight"] == pytest.approx(0.1 + 0.8 * risk, abs=1e-5)
+    assert log[0]["ce_weight"] == pytest.approx(0.9 - 0.8 * risk, abs=1e-5)
+
+
+def test_a_probe_beside_a_policy_without_reference_scores_the_data_first(command, tmp_path, model_folder):
+    probe = Probe.fit(["fox one", "fox two", "unsafe one", "unsafe two"], [0, 0, 1, 1], model=str(model_folder))
+    probe.save_pretrained(tmp_path / "probe")
+    plain = write(tmp_path / "plain.jsonl", [{"messages": conversation("unsafe one", "two three")}] * 4)
+    assert main(command(dataset_name=plain, probe=str(tmp_path / "probe"), policy="soft_weight")) == 0
+    log = json.loads((tmp_path / "out" / "train_results.json").read_text())["log"]
+    assert log[0]["ce_weight"] == pytest.approx(probe.p_safe(["unsafe one"])[0], abs=1e-5)
 
 
 def test_train_scores_with_a_guard_by_itself(command, tmp_path):
