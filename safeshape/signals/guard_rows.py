@@ -68,7 +68,7 @@ class GuardRow:
     parts. `open_turn`: the text ends with the partial answer, without an end of turn. `special_tokens`: the tokenizer
     adds its own. `one_pass`: a causal classifier reads every partial answer off one forward of the whole one.
     `debounce`, `monotone`: see `safeshape.signals.streams`. `sharpen`: True for the released code's near-hard scores.
-    `model`: default weights.
+    `model`: default weights. `config`: entries of the model's configuration to fill in where it leaves them empty.
     """
 
     kind: Literal["labels", "classifier", "stream"] = "labels"
@@ -91,6 +91,7 @@ class GuardRow:
     monotone: bool = False
     sharpen: Annotated[Sharpen | None, BeforeValidator(_sharpening)] = None
     model: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.controversial_weight <= 1.0:
@@ -107,8 +108,8 @@ class GuardRow:
             raise ValueError(f"debounce and monotone are for kind stream, and this row's kind is {self.kind}")
         if self.kind != "classifier" and self.one_pass:
             raise ValueError(f"one_pass is for kind classifier, and this row's kind is {self.kind}")
-        if self.kind != "labels" and (self.answer_prefix or self.sharpen):
-            raise ValueError(f"answer_prefix and sharpen are for kind labels, and this row's kind is {self.kind}")
+        if self.kind != "labels" and (self.answer_prefix or self.sharpen or self.config):
+            raise ValueError(f"answer_prefix, sharpen and config are for kind labels, not for {self.kind}")
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -190,7 +191,7 @@ def label_ids(row: GuardRow, tokenizer: PreTrainedTokenizerBase) -> tuple[int, .
         ids = _after(tokenizer, row.anchor + _answer_text(row, path), label)
         if not ids:
             raise ValueError(f"guard label {label!r} melts into the text before it, {_answer_text(row, path)!r}")
-        if tokenizer.unk_token_id in ids:
+        if tokenizer.decode(ids).strip().casefold() != label.strip().casefold():
             raise ValueError(f"guard label {label!r} is not in this guard's vocabulary")
         if len(ids) > 1 and not row.first_token:
             raise ValueError(
@@ -280,8 +281,11 @@ GUARDS: dict[str, GuardRow] = {
     "llama-guard-3": _LLAMA_GUARD,
     # Llama 3.2 licence, gated. As above, with content as a list of parts.
     "llama-guard-3-1b": replace(_LLAMA_GUARD, parts=True, model="meta-llama/Llama-Guard-3-1B"),
-    # Llama 4 licence, gated. Text only. That it writes "\n\n" first, as Llama Guard 3 does, was not verified here.
-    "llama-guard-4": replace(_LLAMA_GUARD, parts=True, model="meta-llama/Llama-Guard-4-12B"),
+    # Llama 4 licence, gated. Text only. That it writes "\n\n" first, as Llama Guard 3 does, was not verified here. Its
+    # configuration leaves attention_chunk_size empty, without which it does not run; its users set 8192.
+    "llama-guard-4": replace(
+        _LLAMA_GUARD, parts=True, config={"attention_chunk_size": 8192}, model="meta-llama/Llama-Guard-4-12B"
+    ),
     # 3.0, 3.1 and 3.2; Apache-2.0, open. Yes/No, the first token; 3.2 writes a confidence after it, which is not read.
     "granite-guardian-3": replace(_GRANITE, model="ibm-granite/granite-guardian-3.1-2b"),
     # Apache-2.0, open. <score> yes </score>. Differs: "<score>" is given instead of sampled; without thinking.

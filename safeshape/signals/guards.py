@@ -236,6 +236,8 @@ def _load_labels(
     for label, token in zip(row.labels, labels, strict=True):
         if token >= size:
             raise ValueError(f"guard label {label!r} is token {token}, but the model's vocabulary ends at {size}")
+    config = source.config.get_text_config()
+    config.update({key: value for key, value in row.config.items() if config.to_dict().get(key) is None})
     return Guard(
         name=name,
         row=row,
