@@ -80,9 +80,9 @@ def long_limit(config: PreTrainedConfig) -> float:
     return min(limits, default=float("inf"))
 
 
-def context_length(config: PreTrainedConfig) -> int:
-    """The longest sequence that the model knows positions for."""
-    return int(config.get_text_config().max_position_embeddings)
+def context_length(config: PreTrainedConfig) -> float:
+    """The longest sequence that the model knows positions for; infinite for a model without positions."""
+    return float(config.get_text_config().to_dict().get("max_position_embeddings") or "inf")
 
 
 def plain_head(model: PreTrainedModel) -> torch.nn.Linear:
@@ -109,10 +109,10 @@ def label_head(model: PreTrainedModel, label_ids: Ids) -> Iterator[None]:
         model.set_output_embeddings(head)
 
 
-def check_length(length: int, context: int) -> None:
+def check_length(length: int, context: float) -> None:
     """Errors: ValueError when a sequence is empty or longer than the guard's context."""
     if not 0 < length <= context:
-        raise ValueError(f"the text is {length} tokens for the guard, whose context is {context} tokens")
+        raise ValueError(f"the text is {length} tokens for the guard, whose context is {context:.0f} tokens")
 
 
 def is_long(segment: Segment) -> bool:

@@ -20,7 +20,7 @@ class Refine:
     """
 
     tolerance: float = 0.05
-    stride: int = 8
+    stride: int = 10
     check_every: int = 50
 
     def __post_init__(self) -> None:
@@ -36,16 +36,21 @@ class Refine:
 class RefineReport:
     """What refining saved and cost over a run, filled in as rows are scored.
 
-    `ends`: partial answers; `scored`: how many of them were run. `checked`: rows scored in full beside;
-    `largest_deviation`: the largest difference between a filled-in score and the true one among them, None before the
-    first. The branches run only for the check are not part of `scored`.
+    `ends`: partial answers; `scored`: how many of them were run. `checked`: rows scored in full beside, and
+    `checked_ends` their partial answers. `beyond`: how many of these were off by more than the tolerance;
+    `largest_deviation`: the largest difference between a filled-in score and the true one, and `largest_overrating` the
+    largest by which text was called safer than it is; None before the first. The branches run only for the check are
+    not part of `scored`.
     """
 
     rows: int = 0
     ends: int = 0
     scored: int = 0
     checked: int = 0
+    checked_ends: int = 0
+    beyond: int = 0
     largest_deviation: float | None = None
+    largest_overrating: float | None = None
 
     @property
     def saved(self) -> int:
@@ -56,11 +61,13 @@ class RefineReport:
         """Count one refined row of `count` ends."""
         self.rows, self.ends, self.scored = self.rows + 1, self.ends + count, self.scored + len(scored)
 
-    def check(self, filled: Sequence[float], true: Sequence[float]) -> None:
+    def check(self, filled: Sequence[float], true: Sequence[float], tolerance: float) -> None:
         """Compare one row's scores with those of all its partial answers."""
-        worst = max(abs(a - b) for a, b in zip(filled, true, strict=True))
-        self.checked += 1
-        self.largest_deviation = max(self.largest_deviation or 0.0, worst)
+        above = [a - b for a, b in zip(filled, true, strict=True)]
+        self.checked, self.checked_ends = self.checked + 1, self.checked_ends + len(above)
+        self.beyond += sum(abs(value) > tolerance for value in above)
+        self.largest_deviation = max(self.largest_deviation or 0.0, max(map(abs, above)))
+        self.largest_overrating = max(self.largest_overrating or 0.0, max(above))
 
 
 def wanted(scored: Mapping[int, float], count: int, refine: Refine | None) -> list[int]:

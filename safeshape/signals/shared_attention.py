@@ -20,6 +20,8 @@ from transformers import AttentionInterface, PreTrainedModel
 NAME = "safeshape_shared"
 # Segments attend to themselves in padded groups; a group takes segments down to this share of its longest.
 SAME_LENGTH = 0.8
+# Segments that leave their trunk within so many tokens see it in one go; where they differ, a mask is needed.
+SPREAD = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,10 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """The packed tokens [begin, end) of the segments of one trunk; `starts`: one number per token."""
+    """The packed tokens [begin, end) of neighbouring segments of one trunk.
+
+    `starts`: how much of the trunk each token sees; between `low` and `high`.
+    """
 
     trunk: Trunk
     begin: int
@@ -149,6 +154,8 @@ def _groups(segments: Sequence[Segment], offsets: Sequence[int], device: torch.d
     while index < len(segments):
         trunk, first = segments[index].trunk, index
         while index < len(segments) and segments[index].trunk is trunk:
+            if abs(segments[index].start - segments[first].start) > SPREAD:
+                break
             index += 1
         starts = [segment.start for segment in segments[first:index]]
         if trunk is None or max(starts) == 0:

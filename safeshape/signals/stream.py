@@ -140,4 +140,4 @@ def _check(
     _score(copies, trunks, scorer, read, None)
     for row, copy in zip(picked, copies, strict=True):
         if copy.error is None:
-            report.check(row.values, [copy.scored[at] for at in range(len(row.ends))])
+            report.check(row.values, [copy.scored[at] for at in range(len(row.ends))], refine.tolerance)
