@@ -98,10 +98,10 @@ def _summary(config: ScoreConfig, outcome: "Outcome", opened: "Opened") -> list[
         noun = "row" if outcome.failed == 1 else "rows"
         lines.append(f"{outcome.failed} {noun} failed (first: {outcome.first_failure})")
     if opened.refined is not None and opened.refined.rows:
-        report = opened.refined
+        report, worst = opened.refined, opened.refined.largest_deviation
         lines.append(
             f"refine: {report.scored} of {report.ends} partial answers were scored; {report.checked} rows were scored "
-            f"in full beside, largest deviation {report.largest_deviation:.3g}"
+            f"in full beside, largest deviation {'not known' if worst is None else format(worst, '.3g')}"
         )
     if opened.server is not None:
         done = opened.server.client.counters
