@@ -19,6 +19,7 @@ from pyarrow import parquet
 from safeshape import world
 from safeshape.cli import main
 from safeshape.config import ScoreConfig, parse
+from safeshape.signals.calibration import Calibration
 from safeshape.store import Store
 
 TEMPLATE = (
@@ -142,6 +143,33 @@ def test_what_changes_a_score_never_finds_an_old_one(setting, tmp_path, capsys, 
     assert setting(**flags) == 0
     assert counts(capsys.readouterr().out) == (6, 0)
     shutil.rmtree(tmp_path / "guard")
+
+
+def test_a_calibration_maps_what_is_written_and_is_for_one_guard_only(setting, tmp_path, capsys):
+    assert setting() == 0
+    raw = read(tmp_path / "out.jsonl")
+    made = Calibration(
+        temperature=2.0,
+        threshold=0.1,
+        alpha=0.05,
+        by="last",
+        n=50,
+        n_unsafe=20,
+        false_negative_upper=0.2,
+        scorer=raw[0]["safety"]["scorer"],
+        data_sha256="0",
+    )
+    made.save(tmp_path / "calibration.json")
+    assert setting(calibration=tmp_path / "calibration.json") == 0
+    assert "(0 now, 6 from the store)" in capsys.readouterr().out
+    for before, after in zip(raw, read(tmp_path / "out.jsonl"), strict=True):
+        # sigmoid(logit(p) / 2): the odds' square root.
+        odds = (before["safety"]["p_safe"] / (1 - before["safety"]["p_safe"])) ** 0.5
+        assert after["safety"]["p_safe"] == pytest.approx(odds / (1 + odds))
+        assert after["safety"]["spans"][-1]["p_safe"] == after["safety"]["p_safe"]
+        assert after["safety"]["scorer"] == {**before["safety"]["scorer"], "calibration": made.sha256}
+    assert setting(calibration=tmp_path / "calibration.json", chunk=2) == 2
+    assert "chunk" in capsys.readouterr().err
 
 
 def test_what_does_not_change_a_score_finds_it(setting, capsys):

@@ -37,6 +37,9 @@ class ScoreConfig:
     unit: Literal["words", "tokens", "sentences"] = option("words", help="what a chunk counts")
     refine: bool = option(False, help="true: score coarsely, then halve only the chunks over which the score moves")
     tolerance: float = option(0.05, help="refine: how much a score may move over a chunk that is not halved")
+    calibration: str | None = option(
+        None, help="a calibration.json of `safeshape score calibrate` for this very guard: scores are mapped by it"
+    )
     batch_size: int = option(64, help="partial answers per forward")
     device: str = option("cpu", help="torch device of the guard")
     dtype: str = option("float32", help="torch dtype of the guard's weights")

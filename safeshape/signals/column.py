@@ -15,6 +15,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from safeshape.data import Message, answer_of, as_messages
+from safeshape.signals.calibration import Calibration, calibrated
 from safeshape.store import Store, content_key
 from safeshape.types import Score, Span
 
@@ -148,11 +149,13 @@ def scored_rows(
     scorer: Mapping[str, Any],
     outcome: Outcome,
     signal: str = "star",
+    calibration: Calibration | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The rows in their order, each with its `safety`; an existing column of that name gives way.
 
     A row without a score has `p_safe` null and its reason as `error`; `outcome` counts these. `scorer`: who made the
-    scores, as it stands in the data. `signal`: of rows without a score.
+    scores, as it stands in the data. `signal`: of rows without a score. `calibration`: maps the scores that are
+    written; the store keeps them as the scorer gave them.
     Errors: ValueError when a row is not the one that was scored.
     """
     for window in _windows(rows()):
@@ -161,7 +164,6 @@ def scored_rows(
         for (index, row), entry in zip(window, keyed, strict=True):
             if isinstance(entry, tuple) and entry[1] in there:
                 score = Score(scorer=dict(scorer), **_restored(there[entry[1]]))
-                outcome.unsafe += there[entry[1]]["p_safe"] < 0.5
             else:
                 reason = str(entry) if isinstance(entry, ValueError) else outcome.reasons.get(entry[1])
                 if reason is None:
@@ -169,6 +171,9 @@ def scored_rows(
                 score = Score(signal=signal, p_safe=None, scorer=dict(scorer), error=reason)
                 outcome.failed += 1
                 outcome.first_failure = outcome.first_failure or f"row {index}: {reason}"
+            if calibration is not None:
+                score = next(calibrated([score], calibration))
+            outcome.unsafe += score.p_safe is not None and score.p_safe < 0.5
             yield {**row, "safety": as_column(score)}
 
 

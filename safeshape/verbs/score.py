@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> str:
 def score(config: ScoreConfig) -> str:
     """Score, write and say what was done."""
     from safeshape import world
+    from safeshape.signals.calibration import Calibration
     from safeshape.signals.column import fill, scored_rows
     from safeshape.signals.scorers import open_scorer
     from safeshape.sources import open_source, write_rows
@@ -44,6 +45,9 @@ def score(config: ScoreConfig) -> str:
     sources = [world.path("guard") if g == "world" and not m else m for g, m in zip(config.guard, given, strict=True)]
     # A cluster scores with guards of its own; the one here only tells what it is, and needs no GPU for that.
     opened = open_scorer(config if config.engine == "local" else replace(config, device="cpu"), sources)
+    calibration = None if config.calibration is None else Calibration.from_file(config.calibration)
+    if calibration is not None:
+        calibration.check(opened.scorer)
     store_path = config.store or f"{output}.store.sqlite"
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -56,8 +60,16 @@ def score(config: ScoreConfig) -> str:
                 keep_failures=config.on_error == "keep",
                 progress=lambda done: progress("scored", done, source.count),
             )
-            rows = scored_rows(source.rows, store, maker=opened.maker, scorer=opened.scorer, outcome=outcome)
-            write_rows(output, rows, None if output.suffix == ".jsonl" else _schema(source, opened.scorer))
+            rows = scored_rows(
+                source.rows,
+                store,
+                maker=opened.maker,
+                scorer=opened.scorer,
+                outcome=outcome,
+                calibration=calibration,
+            )
+            written = opened.scorer if calibration is None else {**opened.scorer, "calibration": calibration.sha256}
+            write_rows(output, rows, None if output.suffix == ".jsonl" else _schema(source, written))
     finally:
         if opened.server is not None:
             opened.server.client.close()

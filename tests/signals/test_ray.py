@@ -31,6 +31,8 @@ def cluster():
     # The workers must import this copy of the package, not one that happens to be installed.
     environment = {"env_vars": {"PYTHONPATH": str(Path(safeshape.__file__).parent.parent)}}
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR", runtime_env=environment)
+    # Otherwise one actor may have done all of so little work before the other has begun.
+    ray.data.DataContext.get_current().wait_for_min_actors_s = 120
     yield ray
     ray.shutdown()
 
