@@ -17,7 +17,7 @@ from safeshape.models import load
 from safeshape.policies import resolve_policy
 from safeshape.refusals import refuse_unsupported
 from safeshape.signals.column import score_dataset
-from safeshape.signals.guards import load_guard
+from safeshape.signals.ensembles import load_scorer
 from safeshape.signals.probes import Probe
 from safeshape.sources import check_first_row, model_path, read_dataset, refuse_used
 from safeshape.trainer import SafeTrainer
@@ -88,7 +88,7 @@ def scored(dataset: Dataset, settings: Settings, model_name: str, progress: Any)
     config, args, model_args = settings
     if config.guard:
         source = world.path("guard") if config.guard == "world" else None
-        guard = load_guard(config.guard, model=config.guard_model or source, device=str(args.device))
+        guard = load_scorer(config.guard, model=config.guard_model or source, device=str(args.device))
         return score_dataset(dataset, lambda rows: guard.score_many(rows, chunk=config.chunk), progress=progress)
     if config.probe and not resolve_policy(config.policy or "").needs_reference:
         dtype, revision = model_args.dtype or "float32", model_args.model_revision

@@ -36,7 +36,7 @@ def parser_for(config: type[Any], verb: str) -> Parser:
         kind, many, choices = _flag_type(item.type)
         required = item.default is MISSING and item.default_factory is MISSING
         default = item.default_factory() if item.default_factory is not MISSING else item.default
-        shown = " (required)" if required else f" (default: {default})"
+        shown = " (required)" if required else "" if default in (None, []) else f" (default: {default})"
         options: dict[str, Any] = {"default": argparse.SUPPRESS, **({"nargs": "+", "action": "extend"} if many else {})}
         # A positional `action` reads better than a flag: `safeshape world build`.
         name = item.name if item.name == "action" else f"--{item.name}"

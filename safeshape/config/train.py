@@ -31,7 +31,9 @@ class TrainConfig:
     )
     gradient_floor: float = option(1e-6, help="updates with a smaller gradient norm are skipped and counted")
     overlong: Literal["refuse", "truncate"] = option("refuse", help="what happens to rows longer than max_length")
-    guard: str | None = option(None, help="score rows first with this guard (world, llama-guard-3), one score a chunk")
+    guard: str | None = option(
+        None, help="score rows first with this row of the guard table or YAML file, one score a chunk"
+    )
     guard_model: str | None = option(None, help="folder or Hub id of the guard's weights, where not the row's own")
     chunk: int = option(5, help="words per chunk of the guard's score")
     probe: str | None = option(None, help="score rows first with the activation probe saved in this folder")
