@@ -14,9 +14,10 @@ token, attention for every pair of a token and one it sees.
 `refine`: the world's guard scores long answers put together from the embedded world's, and the branches it asks for,
 round by round, are run on the random guard: so its time counts the same branches on the larger model. The answers form
 one run: they have one header, and their rounds share forwards. The world's guard was trained on answers of up to about
-60 tokens. "turning": safe text, a plan, safe text, for every 256 tokens. "pasted": the world's user data one answer
-after the other, which turns every ten chunks or so. The largest deviation is over all partial answers; a short dip
-between two agreeing scores is what refining cannot see.
+60 tokens. "one turn": the world's answers that turn to a plan and back once, with longer talk before and after it.
+"turns": skills and look-alikes with a plan in every 256 tokens. "pasted": the world's user data one answer after the
+other, which turns every ten chunks or so. The largest deviation is over all partial answers; a short dip between two
+agreeing scores is what refining cannot see.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from safeshape.signals.guards import load_guard
 from safeshape.signals.partials import Branch
 from safeshape.signals.prefix import PrefixScorer
 from safeshape.signals.refine import Refine, RefineReport, filled, wanted
-from safeshape.world.answers import comply
+from safeshape.world.answers import BACKGROUND, TURN_BACK, comply
 from safeshape.world.data import user_data
 from safeshape.world.language import sample
 
@@ -219,25 +220,32 @@ def compare(args: argparse.Namespace, model: LlamaForCausalLM, length: int) -> d
 def answers(kind: str, tokenizer, length: int, count: int) -> list[str]:
     """Answers of at least `length` guard tokens, put together from the world's."""
     mixed = [row["messages"][1]["content"] for row in user_data(size=400, harmful_share=0.2, seed=1)]
-    plans = [comply(item, random.Random(0)) for item in sample("harmful", 40, seed=1, held_out=False)]
+    plans = sample("harmful", 40, seed=1, held_out=False)
     safe = [item.answer for name in ("borderline", "skill") for item in sample(name, 40, seed=1, held_out=False)]
     rng = random.Random(0)
 
     def stretched(text: str, source: list[str], size: int) -> str:
         while len(tokenizer(text, add_special_tokens=False)["input_ids"]) < size:
-            text += " " + rng.choice(source)
-        return text
+            text = f"{text} {rng.choice(source)}"
+        return text.strip()
+
+    def talk(table: tuple[str, ...]) -> list[str]:
+        return [line.format(target=item.target, color="red").strip() for line in table for item in plans if item.target]
 
     found = []
     for _ in range(count):
         text = ""
         if kind == "pasted":
-            found.append(stretched(rng.choice(mixed), mixed, length))
-            continue
-        for _ in range(max(length // 256, 1)):
-            parts = [stretched(rng.choice(safe), safe, min(length // 3, 90)) for _ in range(2)]
-            text += " ".join([parts[0], rng.choice(plans), parts[1], ""])
-        found.append(stretched(text, safe, length))
+            text = stretched(rng.choice(mixed), mixed, length)
+        elif kind == "one turn":
+            first = stretched("", talk(BACKGROUND), rng.randrange(length // 4, 3 * length // 4))
+            text = stretched(f"{first} {comply(rng.choice(plans), rng)}", talk(TURN_BACK), length)
+        else:
+            for _ in range(max(length // 256, 1)):
+                parts = [stretched(rng.choice(safe), safe, min(length // 3, 90)) for _ in range(2)]
+                text = f"{text} {parts[0]} {comply(rng.choice(plans), rng)} {parts[1]}".strip()
+            text = stretched(text, safe, length)
+        found.append(text)
     return found
 
 
@@ -268,20 +276,29 @@ def refined(args: argparse.Namespace, model: LlamaForCausalLM, length: int, kind
 
 
 def curve(args: argparse.Namespace, model: LlamaForCausalLM) -> dict:
-    """Cost per branch against the length of the answer, and how straight that line is."""
-    points = []
+    """Cost per branch against the length of the answer, with and without the trunk's, and how straight the line is."""
+    points, whole = [], []
     for length in args.curve:
         trunk, rows = sequences(length, args)
-        clock, _, _ = timed_ours(args, model, trunk, [branches_of(rows, list(range(len(rows))))])
-        points.append((length, clock.cost / len(rows)))
-    x, y = np.array(points).T
-    slope, start = np.polyfit(x, y, 1)
-    share = 1 - ((y - (slope * x + start)) ** 2).sum() / ((y - y.mean()) ** 2).sum()
+        times = []
+        for _ in range(args.repeats):
+            scorer = PrefixScorer(model, LABELS, max_tokens=args.max_tokens)
+            with Clock(args.device) as opening:
+                opened = scorer.open(trunk)
+            with Clock(args.device) as clock:
+                scorer.label_logits(opened, branches_of(rows, list(range(len(rows)))))
+            times.append((clock.cost / len(rows), (clock.cost + opening.cost) / len(rows)))
+        points.append(float(np.median([branch for branch, _ in times])))
+        whole.append(float(np.median([both for _, both in times])))
+    slope, start = np.polyfit(args.curve, points, 1)
+    off = float(np.abs(np.array(points) / (start + slope * np.array(args.curve)) - 1).max())
     return {
-        "seconds_per_branch": dict(points),
+        "lengths": args.curve,
+        "seconds_per_branch": points,
+        "seconds_per_branch_with_trunk": whole,
         "start_s": start,
         "slope_s_per_token": slope,
-        "r_squared": share,
+        "largest_relative_distance_from_line": off,
     }
 
 
@@ -314,7 +331,7 @@ def main() -> None:
             f"{full['naive_operations_per_s'] / 1e12:.3g}",
             flush=True,
         )
-        for kind in ("turning", "pasted") if args.responses else ():
+        for kind in ("one turn", "turns", "pasted") if args.responses else ():
             part = refined(args, model, length, kind, full)
             record["refine"].append(part)
             print(
@@ -325,10 +342,12 @@ def main() -> None:
             )
     if len(args.curve) > 2:
         record["curve"] = curve(args, model)
-        line = ", ".join(
-            f"{length}: {cost * 1e3:.2f} ms" for length, cost in record["curve"]["seconds_per_branch"].items()
+        shown = zip(args.curve, *(record["curve"][key] for key in list(record["curve"])[1:3]), strict=True)
+        line = ", ".join(f"{length}: {one * 1e3:.2f} ({both * 1e3:.2f})" for length, one, both in shown)
+        print(
+            f"ms per branch by length (with its share of the trunk): {line}; at most "
+            f"{record['curve']['largest_relative_distance_from_line']:.1%} from a straight line"
         )
-        print(f"cost per branch by length: {line}; a straight line explains {record['curve']['r_squared']:.1%}")
     if args.output:
         args.output.write_text(json.dumps(record, indent=2) + "\n")
 

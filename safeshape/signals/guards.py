@@ -166,7 +166,10 @@ class Guard:
 
     def _running(self, batch_size: int) -> Scorer:
         scorer, _ = self.scorer
-        return scorer.batched(batch_size) if isinstance(scorer, NaiveScorer) else scorer
+        if isinstance(scorer, NaiveScorer):
+            return scorer.batched(batch_size)
+        scorer.forget()
+        return scorer
 
 
 def _reading(row: Trajectory) -> Reading:

@@ -172,6 +172,10 @@ class PrefixScorer:
         self.long_limit = long_limit(model.config)
         self.context = context_length(model.config)
         self.forwarded = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what the last trunks had in common, as at the start of a run: the model may have changed since."""
         self._header = Trunk(ids=[])
 
     def open(self, ids: Ids) -> Trunk:

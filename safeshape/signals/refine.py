@@ -20,7 +20,7 @@ class Refine:
     """
 
     tolerance: float = 0.05
-    stride: int = 10
+    stride: int = 8
     check_every: int = 50
 
     def __post_init__(self) -> None:

@@ -222,6 +222,34 @@ def test_a_cut_head_gives_the_whole_heads_logits():
         assert got == pytest.approx(want, abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_differs_by_its_rounding_only(dtype):
+    model, (trunk, branches) = tiny_model().to(dtype), tree(0)[1]
+    scorer, why = choose_scorer(model, LABELS, trunk)
+    assert why == "shared prefill"
+    exact = naive_label_logits(tiny_model(), whole(trunk, branches), LABELS)
+    off = [
+        (logits - exact).abs().max()
+        for logits in (
+            scorer.label_logits(scorer.open(trunk), branches),
+            naive_label_logits(model, whole(trunk, branches), LABELS),
+        )
+    ]
+    assert off[0] < 2 * off[1]
+
+
+def test_a_changed_model_is_seen_after_forgetting():
+    model, (trunk, branches) = tiny_model(), tree(0)[1]
+    scorer = PrefixScorer(model, LABELS)
+    before = scorer.label_logits(scorer.open(trunk), branches)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(1.5)
+    scorer.forget()
+    after = scorer.label_logits(scorer.open(trunk), branches)
+    assert after == pytest.approx(naive_label_logits(model, whole(trunk, branches), LABELS), abs=1e-4)
+    assert (before - after).abs().max() > 0.01
+
+
 def test_what_is_too_long_is_refused():
     scorer = PrefixScorer(tiny_model(), LABELS)
     trunk = scorer.open([3] * 512)
