@@ -7,7 +7,7 @@ that was killed goes on where it was, memory does not grow with the data, and an
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -15,9 +15,9 @@ import pyarrow as pa
 from datasets import Dataset
 
 from safeshape.data import Message, answer_of, as_messages
-from safeshape.signals.calibration import Calibration, calibrated
+from safeshape.signals.calibration import Calibration
 from safeshape.store import Store, content_key
-from safeshape.types import Score, Span
+from safeshape.types import Score
 
 Row = Mapping[str, Any]
 Rows = Callable[[], Iterable[Row]]  # starts from the first row each time it is called
@@ -64,7 +64,19 @@ def key_of(messages: Sequence[Message], maker: Mapping[str, Any]) -> str:
 
 def as_column(score: Score) -> dict[str, Any]:
     """A score as it stands in the column: `{"signal", "p_safe", "spans", "scorer", "error"}`."""
-    return {**asdict(score), "spans": [asdict(span) for span in score.spans]}
+    spans = [(span.start, span.end, span.p_safe) for span in score.spans]
+    return _column({"signal": score.signal, "p_safe": score.p_safe, "spans": spans}, score.scorer, score.error)
+
+
+def _column(stored: Mapping[str, Any], scorer: Mapping[str, Any], error: str | None = None) -> dict[str, Any]:
+    # By hand: `asdict` copies deeply, which takes longer than all else where answers have hundreds of spans.
+    return {
+        "signal": stored["signal"],
+        "p_safe": stored["p_safe"],
+        "spans": [{"start": start, "end": end, "p_safe": p_safe} for start, end, p_safe in stored["spans"]],
+        "scorer": dict(scorer),
+        "error": error,
+    }
 
 
 def safety_type(scorer: Mapping[str, Any]) -> pa.DataType:
@@ -155,31 +167,33 @@ def scored_rows(
 
     A row without a score has `p_safe` null and its reason as `error`; `outcome` counts these. `scorer`: who made the
     scores, as it stands in the data. `signal`: of rows without a score. `calibration`: maps the scores that are
-    written; the store keeps them as the scorer gave them.
+    written, and stands in the scorer's identity; the store keeps them as the scorer gave them.
     Errors: ValueError when a row is not the one that was scored.
     """
+    if calibration is not None:
+        calibration.check(scorer)
+        scorer = {**scorer, "calibration": calibration.sha256}
     for window in _windows(rows()):
         keyed = _keyed(window, maker)
         there = store.get_many("scores", [entry[1] for entry in keyed if isinstance(entry, tuple)])
         for (index, row), entry in zip(window, keyed, strict=True):
             if isinstance(entry, tuple) and entry[1] in there:
-                score = Score(scorer=dict(scorer), **_restored(there[entry[1]]))
-            else:
-                reason = str(entry) if isinstance(entry, ValueError) else outcome.reasons.get(entry[1])
-                if reason is None:
-                    raise ValueError(f"row {index} changed while the dataset was scored")
-                score = Score(signal=signal, p_safe=None, scorer=dict(scorer), error=reason)
-                outcome.failed += 1
-                outcome.first_failure = outcome.first_failure or f"row {index}: {reason}"
-            if calibration is not None:
-                score = next(calibrated([score], calibration))
-            outcome.unsafe += score.p_safe is not None and score.p_safe < 0.5
-            yield {**row, "safety": as_column(score)}
+                stored = there[entry[1]] if calibration is None else _mapped(there[entry[1]], calibration)
+                outcome.unsafe += stored["p_safe"] < 0.5
+                yield {**row, "safety": _column(stored, scorer)}
+                continue
+            reason = str(entry) if isinstance(entry, ValueError) else outcome.reasons.get(entry[1])
+            if reason is None:
+                raise ValueError(f"row {index} changed while the dataset was scored")
+            outcome.failed += 1
+            outcome.first_failure = outcome.first_failure or f"row {index}: {reason}"
+            nothing = {"signal": signal, "p_safe": None, "spans": ()}
+            yield {**row, "safety": _column(nothing, scorer, reason)}
 
 
-def _restored(stored: Mapping[str, Any]) -> dict[str, Any]:
-    spans = tuple(Span(start=start, end=end, p_safe=p_safe) for start, end, p_safe in stored["spans"])
-    return {**stored, "spans": spans}
+def _mapped(stored: Mapping[str, Any], calibration: Calibration) -> dict[str, Any]:
+    spans = [(start, end, calibration.apply(p_safe)) for start, end, p_safe in stored["spans"]]
+    return {**stored, "p_safe": calibration.apply(stored["p_safe"]), "spans": spans}
 
 
 def score_dataset(dataset: Dataset, scorer: Scorer, *, progress: Progress = lambda done, total: None) -> Dataset:
