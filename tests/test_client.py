@@ -1,5 +1,6 @@
 """The client against a server that fails in every way we could think of: each failure is a value with its reason."""
 
+import gc
 import itertools
 import socket
 import threading
@@ -9,7 +10,7 @@ from email.utils import formatdate
 import pytest
 from faulty_server import faulty_server
 
-from safeshape.client import Client, Reply, _retry_after
+from safeshape.client import Client, Counters, Reply, _retry_after
 
 
 @pytest.fixture
@@ -205,6 +206,29 @@ def test_a_server_that_can_never_answer_stops_the_run(server, fault, message):
     with client_of(server, concurrency=1) as client, pytest.raises(ValueError, match=message):
         ask(client, map(str, range(50)))
     assert len(server.bodies) <= 3
+
+
+def test_an_error_that_nobody_waits_for_is_not_printed(server, caplog):
+    """asyncio would print it when it collects the task, in the middle of anything."""
+    reached, cancelled = threading.Event(), threading.Event()
+
+    class Slow(Counters):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "completion_tokens" and value:  # the last step before the error
+                reached.set()
+                cancelled.wait(30)
+
+    server.faults.append("other-model")
+    with client_of(server) as client:
+        client.counters = Slow()
+        future = client.submit("completions", {"prompt": "a"})
+        assert reached.wait(30)
+        assert future.cancel()
+        cancelled.set()
+    del future
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 def test_a_dated_name_is_the_same_model(server):
