@@ -175,6 +175,9 @@ class Client:
         return tag, None if future is None else future.result()
 
     async def _one(self, endpoint: Endpoint, request: Request) -> Reply:
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(_noticed)
         create = (self._api.completions if endpoint == "completions" else self._api.chat.completions).with_raw_response
         async with self._gate:
             self.counters.requests += 1
@@ -269,6 +272,12 @@ class Client:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def _noticed(task: "asyncio.Task[Any]") -> None:
+    """Take note of a task's error: where nobody waits any more, asyncio would print it once it collects the task."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _cause(error: Exception) -> str:

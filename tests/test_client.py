@@ -1,5 +1,6 @@
 """The client against a server that fails in every way we could think of: each failure is a value with its reason."""
 
+import gc
 import itertools
 import socket
 import threading
@@ -205,6 +206,16 @@ def test_a_server_that_can_never_answer_stops_the_run(server, fault, message):
     with client_of(server, concurrency=1) as client, pytest.raises(ValueError, match=message):
         ask(client, map(str, range(50)))
     assert len(server.bodies) <= 3
+
+
+def test_an_error_that_nobody_waits_for_is_not_printed(server, caplog):
+    """asyncio prints it when it collects the task, in the middle of anything. Needs a race, hence the repetition."""
+    server.default_fault = "other-model"
+    for _ in range(15):
+        with client_of(server) as client, pytest.raises(ValueError, match="answers for another model"):
+            ask(client, map(str, range(100)))
+        gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 def test_a_dated_name_is_the_same_model(server):
