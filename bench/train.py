@@ -102,12 +102,12 @@ class TwoPassTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         tokens = torch.zeros_like(inputs["labels"], dtype=torch.float32)
         batch = micro_batch({**inputs, "p_safe": tokens, "answer_p_safe": tokens})
-        ref_hidden = AdapterOff().hidden(model, self.accelerator.unwrap_model(model), batch)
+        ref_hidden = AdapterOff().states(model, self.accelerator.unwrap_model(model), batch).hidden_NH
         labels = batch.labels_BT[batch.counted_BT]
 
-        def shaped(causal, hidden):
-            weight = read_head(causal).weight_VH
-            return {"loss": self.fused(hidden[:, :-1][batch.counted_BT], weight, ref_hidden, labels)}
+        def shaped(causal, output):
+            weight, hidden = read_head(causal).weight_VH, output.last_hidden_state[:, :-1][batch.counted_BT]
+            return {"loss": self.fused(hidden, weight, ref_hidden, labels)}
 
         return model(**batch.forward, shaped=shaped)["loss"]
 
