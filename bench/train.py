@@ -42,6 +42,7 @@ from safeshape.models.reference import AdapterOff, causal_model, frozen_copy
 
 SHAPES = {
     "tiny": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "small": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8},
     "llama-1b": {
         "hidden_size": 2048,
         "intermediate_size": 8192,

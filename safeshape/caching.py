@@ -70,6 +70,19 @@ def index_tokens(dataset: Dataset, first: int) -> tuple[Dataset, list[int]]:
     return dataset.map(number, with_indices=True, input_columns=["labels"], desc="Numbering response tokens"), tokens
 
 
+def tokens_hash(datasets: Sequence[Dataset]) -> str:
+    """SHA-256 over the tokens and labels of all rows in order: scores may change without the states."""
+    digest = hashlib.sha256()
+    for dataset in datasets:
+        for batch in dataset.select_columns(["input_ids", "labels"]).with_format("numpy").iter(batch_size=1000):
+            for values in (values for name in ("input_ids", "labels") for values in batch[name]):
+                row = np.ascontiguousarray(values, dtype=np.int64)
+                digest.update(len(row).to_bytes(8, "little"))
+                digest.update(row.tobytes())
+        digest.update(b"end")
+    return digest.hexdigest()
+
+
 def gathered(*parameters: nn.Parameter | None) -> AbstractContextManager[Any]:
     """Parameters made whole for a moment where ZeRO-3 has parted them already. Every process must enter it."""
     if not is_deepspeed_zero3_enabled():
@@ -100,22 +113,23 @@ def open_cache(
     folder: Path,
     model: nn.Module,
     *,
-    made_from: str,
-    tokens_per_row: Sequence[int],
+    numbered: Numbered,
+    read: str,
     dtype: str,
     accelerator: Accelerator,
 ) -> StateCache:
     """The store for this data and this starting model; its own head, where training will move it, lies beside it.
 
-    `made_from`: names the data and whatever else is read in the pass. `dtype`: auto (the model's), float32, bfloat16 or
-    float16. Every process gets the same store.
+    `read`: names what else is read in the pass. `dtype`: auto (the model's), float32, bfloat16 or float16. The same
+    store in every process.
     """
     base = causal_model(model)
     name = str(base.dtype).removeprefix("torch.") if dtype == "auto" else dtype
     hidden = int(base.config.get_text_config().hidden_size)
-    key = hashlib.sha256(f"{made_from} {model_hash(model, accelerator)} {name}".encode()).hexdigest()
+    made_from = (tokens_hash(numbered.datasets), model_hash(model, accelerator), read, name)
+    key = hashlib.sha256(" ".join(made_from).encode()).hexdigest()
     cache = StateCache(
-        folder, key=key, tokens_per_row=tokens_per_row, hidden=hidden, dtype=name, shard_bytes=SHARD_BYTES
+        folder, key=key, tokens_per_row=numbered.tokens_per_row, hidden=hidden, dtype=name, shard_bytes=SHARD_BYTES
     )
     if accelerator.is_main_process:
         cache.prepare()

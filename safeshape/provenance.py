@@ -18,6 +18,7 @@ from safeshape.signals.align import COLUMNS
 from safeshape.types import IGNORE
 
 RECORD = "safeshape.json"
+_STARTING_MODEL = {"adapter_off", "copy", "cached"}  # the same reference, kept in different ways
 _PACKAGES = ("safeshape", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
@@ -101,14 +102,15 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
 def check_resume(checkpoint: Path, now: Mapping[str, Any]) -> dict[str, Any]:
     """Compare a checkpoint's record with the run that wants to resume it, and return the checkpoint's state.
 
-    Errors: ValueError when the checkpoint has no record, or its policy, reference or data differ.
+    Errors: ValueError when the checkpoint has no record, or its policy, reference model or data differ.
     """
     path = checkpoint / RECORD
     if not path.is_file():
         raise ValueError(f"{checkpoint} holds no {RECORD}; it was not written by SafeTrainer")
     then = json.loads(path.read_text())
     for name in ("policy", "reference"):
-        if then[name] != now[name]:
+        same_start = name == "reference" and {then[name], now[name]} <= _STARTING_MODEL
+        if then[name] != now[name] and not same_start:
             raise ValueError(f"cannot resume {checkpoint}: its {name} was {then[name]}, now it is {now[name]}")
     if then["data"]["sha256"] != now["data"]["sha256"]:
         raise ValueError(

@@ -53,7 +53,7 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
     place of a `safety` column. `gradient_floor`: updates with a smaller gradient norm are skipped.
     `overlong`: "refuse" or "truncate" for rows longer than `max_length`. `loss_head`: "fused" (never full logits),
     "dense", or "auto": fused where the model's output layer can be read. `cache_dir`, `cache_dtype`: where and how
-    exactly "cached" stores the reference's states (default: `reference_states` in the output folder, the model's
+    exactly "cached" stores the reference's states (default: `_reference_states` in the output folder, the model's
     precision); the folder stays until you delete it. Only answers are learned; an earlier assistant turn is learned
     when its message carries a `p_safe`. Packing, padding-free batches and length grouping work as in TRL.
     Data: `messages`, or `prompt` and `completion`, with a `safety` column where the policy needs one.
@@ -106,7 +106,7 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
             processing_class=processing_class,
             **kwargs,
         )
-        self._set_up(reference, gradient_floor, Path(cache_dir or Path(self.args.output_dir) / "reference_states"))
+        self._set_up(reference, gradient_floor, Path(cache_dir or Path(self.args.output_dir) / "_reference_states"))
 
     def _set_up(self, reference: str | nn.Module, gradient_floor: float, cache_dir: Path) -> None:
         self._numbered.accepting = False
@@ -223,12 +223,11 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         """Find or begin the store of the reference's states, from weights that are still whole."""
         if self.reference_kind != "cached" or self.reference is not None:
             return
-        read = "" if self.probe is None else self.probe.fingerprint()
         cache = open_cache(
             self._cache_dir,
             self.model,
-            made_from=" ".join([str(self._data["sha256"]), str(len(self._numbered.tokens_per_row)), read]),
-            tokens_per_row=self._numbered.tokens_per_row,
+            numbered=self._numbered,
+            read="" if self.probe is None else self.probe.fingerprint(),
             dtype=self._cache_dtype,
             accelerator=self.accelerator,
         )
@@ -382,7 +381,7 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
 
     def record(self) -> dict[str, Any]:
         """What `safeshape.json` says about this run."""
-        return run_record(
+        return {"loss_head": self.loss_head} | run_record(
             policy=self.policy,
             reference=self.reference_kind,
             signals=self._signals,

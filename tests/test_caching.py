@@ -84,7 +84,9 @@ def test_a_store_that_a_kill_cut_short_is_completed(tmp_path, tokenizer, monkeyp
     kept = cache.path(cache.shards[2]).read_bytes()
     part.with_name(part.name + ".part").write_bytes(part.read_bytes()[:50])
     part.unlink()
-    again = make(tmp_path / "b", tokenizer, reference="cached", settings=SGD, cache_dir=tmp_path / "a/reference_states")
+    again = make(
+        tmp_path / "b", tokenizer, reference="cached", settings=SGD, cache_dir=tmp_path / "a/_reference_states"
+    )
     runs = []
     again.model.model.register_forward_hook(lambda *_: runs.append(1))
     again.train()
@@ -98,15 +100,23 @@ def test_another_model_other_data_or_another_precision_gets_a_store_of_its_own(t
         {},
         {"model": tiny_model(seed=1)},
         {"data": rows(8, seed=1)},
+        {"eval_dataset": Dataset.from_list(rows(4, seed=3))},
+        {"eval_dataset": Dataset.from_list(rows(4, seed=4))},
         {"cache_dtype": "bfloat16"},
     ):
         trainer = make(tmp_path, tokenizer, reference="cached", settings=SGD, **options)
         trainer._open_store()
         folders.add(trainer.reference.cache.folder)
-    assert len(folders) == 4
+    assert len(folders) == 6
+    rescored = rows(8)
+    for row in rescored:
+        row["safety"] = {"signal": "test", "p_safe": 0.5, "spans": []}
+    again = make(tmp_path, tokenizer, reference="cached", settings=SGD, data=rescored)
+    again._open_store()
+    assert again.reference.cache.folder in folders
     about = json.loads((trainer.reference.cache.folder / "states.json").read_text())
     assert about["dtype"] == "torch.bfloat16"
-    assert trainer.reference.cache.folder.parent == tmp_path / "reference_states"
+    assert trainer.reference.cache.folder.parent == tmp_path / "_reference_states"
 
 
 def test_evaluation_rows_are_stored_too_and_unknown_ones_are_refused(tmp_path, tokenizer):

@@ -243,6 +243,11 @@ def test_resume_refuses_changed_data_and_policy(tmp_path, tokenizer):
         make(tmp_path, tokenizer, data=changed, settings=settings).train(resume_from_checkpoint=checkpoint)
     with pytest.raises(ValueError, match="its policy was"):
         make(tmp_path, tokenizer, policy="soft_weight", settings=settings).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="its reference was cached, now it is model"):
+        other = make(tmp_path, tokenizer, reference=moved_reference(), settings=settings)
+        other.train(resume_from_checkpoint=checkpoint)
+    same = make(tmp_path, tokenizer, reference="copy", settings=settings)  # the starting model, kept in another way
+    same.train(resume_from_checkpoint=checkpoint)
     with pytest.raises(ValueError, match="no complete checkpoint to resume"):
         make(tmp_path / "new", tokenizer, settings=settings).train(resume_from_checkpoint=True)
 
