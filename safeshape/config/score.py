@@ -35,7 +35,10 @@ class ScoreConfig:
     sharpen: bool = option(False, help="true: the near-hard scores of the STAR paper's released code")
     chunk: int = option(5, help="units per chunk")
     unit: Literal["words", "tokens", "sentences"] = option("words", help="what a chunk counts")
-    refine: bool = option(False, help="true: score coarsely, then halve only the chunks over which the score moves")
+    refine: bool = option(
+        False,
+        help="true: score coarsely, then halve only where the score moves; not exact, short unsafe stretches may be missed",
+    )
     tolerance: float = option(0.05, help="refine: how much a score may move over a chunk that is not halved")
     calibration: str | None = option(
         None, help="a calibration.json of `safeshape score calibrate` for this very guard: scores are mapped by it"
