@@ -37,7 +37,7 @@ class ScoreConfig:
     unit: Literal["words", "tokens", "sentences"] = option("words", help="what a chunk counts")
     refine: bool = option(
         False,
-        help="true: score coarsely, then halve only where the score moves; not exact, short unsafe stretches may be missed",
+        help="true: score coarsely, halve only where the score moves; not exact: short unsafe stretches may be missed",
     )
     tolerance: float = option(0.05, help="refine: how much a score may move over a chunk that is not halved")
     calibration: str | None = option(
