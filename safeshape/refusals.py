@@ -41,6 +41,8 @@ def refuse_unsupported(args: SFTConfig) -> None:
         f"label_smoothing_factor={args.label_smoothing_factor}": args.label_smoothing_factor > 0,
         "completion_only_loss=False": args.completion_only_loss is False,
         "activation_offloading=True": args.activation_offloading,
+        # Its layer kernels need a GPU, where nobody has compared them with the plain layers under this trainer yet.
+        "use_liger_kernel=True": args.use_liger_kernel,
         # It cuts rows anywhere and lets tokens attend to the row before.
         "packing_strategy='wrapped'": args.packing and args.packing_strategy == "wrapped",
     }

@@ -314,6 +314,7 @@ def nan_policy(p_safe_BT, *, batch):
         ({"policy": "stars"}, "unknown policy 'stars'"),
         ({"overlong": "drop"}, "overlong must be refuse or truncate"),
         ({"settings": {"packing": True, "packing_strategy": "wrapped"}}, "does not support packing_strategy"),
+        ({"settings": {"use_liger_kernel": True}}, "does not support use_liger_kernel=True"),
         ({"loss_head": "chunked"}, "loss_head must be one of auto, fused, dense"),
         ({"cache_dtype": "int8"}, "cache_dtype must be one of auto, float32"),
         ({"settings": {"loss_type": "dft"}}, "does not support loss_type='dft'"),
