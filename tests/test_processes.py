@@ -15,9 +15,9 @@ TESTS = Path(__file__).parent
 RECIPES = TESTS.parent / "recipes" / "accelerate"
 SPECS = [
     *({"policy": name, "reference": "copy", "lora": False} for name in sorted(POLICIES)),
+    *({"policy": name, "reference": "adapter_off", "lora": True} for name in sorted(POLICIES)),
     {"policy": {"name": "adaptive", "scope": "batch", "ema": 0.5}, "reference": "cached", "lora": False},
-    *({"policy": "fixed_kl", "reference": kind, "lora": True} for kind in ("adapter_off", "copy", "cached")),
-    {"policy": "star", "reference": "adapter_off", "lora": True},
+    *({"policy": "fixed_kl", "reference": kind, "lora": True} for kind in ("copy", "cached")),
     {"policy": "constrained", "reference": "cached", "lora": False},
 ]
 
