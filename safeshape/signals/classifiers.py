@@ -8,7 +8,7 @@ cut) gets a forward of its own. Batching never changes a score: padding is on th
 Shape suffixes: N sequences, L tokens of the padded batch, P positions read in a sequence, K classes, H hidden.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from safeshape.data import Message
 from safeshape.signals.chunks import Unit
 from safeshape.signals.guard_rows import GuardRow, class_share, fingerprint, render
-from safeshape.signals.reading import Failure, Item, Reading, score_stream, spans_of
-from safeshape.types import Score, Span
+from safeshape.signals.reading import Failure, Item, Reading, Scoring
 
 
 def class_ids(row: GuardRow, names: Mapping[int, str]) -> tuple[int, ...]:
@@ -95,7 +94,7 @@ def refuse_other_than_causal(model: PreTrainedModel, name: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classifier:
+class Classifier(Scoring):
     """A loaded sequence classifier that scores partial answers. `classes`: the class of each label of the row."""
 
     name: str
@@ -104,22 +103,6 @@ class Classifier:
     tokenizer: PreTrainedTokenizerBase
     classes: tuple[int, ...]
     revision: str
-
-    def score(self, messages: Sequence[Message], *, chunk: int = 5, unit: Unit = "words") -> list[Span]:
-        """The score of every partial response of one conversation, as `Guard.score`."""
-        return spans_of(self, messages, chunk=chunk, unit=unit)
-
-    def score_many(
-        self,
-        conversations: Iterable[Sequence[Message]],
-        *,
-        chunk: int = 5,
-        unit: Unit = "words",
-        batch_size: int = 64,
-        window: int = 64,
-    ) -> Iterator[Score]:
-        """Score a stream of conversations in order. One that is too long for the model has p_safe None and says so."""
-        return score_stream(self, conversations, chunk=chunk, unit=unit, batch_size=batch_size, window=window)
 
     def p_safe_at(self, items: Sequence[Item], *, batch_size: int = 64) -> list[Reading]:
         """p_safe of the partial answers that end at the given offsets, or why a conversation has none."""

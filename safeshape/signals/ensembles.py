@@ -1,6 +1,6 @@
 """Several guards as one: the mean or the minimum of their scores, at the same chunk ends."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -8,17 +8,15 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from safeshape.config.parser import read_yaml
-from safeshape.data import Message
 from safeshape.signals.chunks import Unit
 from safeshape.signals.guards import AnyGuard, load_guard
-from safeshape.signals.reading import Failure, Item, Reader, Reading, score_stream, spans_of
-from safeshape.types import Score, Span
+from safeshape.signals.reading import Failure, Item, Reader, Reading, Scoring
 
 COMBINE: dict[str, Callable[[Sequence[float]], float]] = {"mean": fmean, "min": min}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ensemble:
+class Ensemble(Scoring):
     """Guards that score together. Chunk ends are those of the first, whatever tokens the others see.
 
     `how`: "mean" (the released code of STAR-DSS, arXiv 2505.17196) or "min" (the strictest guard decides). When a
@@ -43,22 +41,6 @@ class Ensemble:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The first member's tokenizer, which decides where chunks end."""
         return self.members[0].tokenizer
-
-    def score(self, messages: Sequence[Message], *, chunk: int = 5, unit: Unit = "words") -> list[Span]:
-        """The score of every partial response of one conversation, as `Guard.score`."""
-        return spans_of(self, messages, chunk=chunk, unit=unit)
-
-    def score_many(
-        self,
-        conversations: Iterable[Sequence[Message]],
-        *,
-        chunk: int = 5,
-        unit: Unit = "words",
-        batch_size: int = 64,
-        window: int = 64,
-    ) -> Iterator[Score]:
-        """Score a stream of conversations in order. One on which a member fails has p_safe None and says which."""
-        return score_stream(self, conversations, chunk=chunk, unit=unit, batch_size=batch_size, window=window)
 
     def p_safe_at(self, items: Sequence[Item], *, batch_size: int = 64) -> list[Reading]:
         """The combined p_safe of the partial answers that end at the given offsets, or which member failed and why."""

@@ -83,3 +83,23 @@ def spans_of(reader: Reader, messages: Sequence[Message], *, chunk: int, unit: U
     if score.p_safe is None:
         raise ValueError(f"guard {reader.name!r}: {score.error}")
     return list(score.spans)
+
+
+class Scoring:
+    """`score` and `score_many` of guards that read by `p_safe_at`."""
+
+    def score(self: Reader, messages: Sequence[Message], *, chunk: int = 5, unit: Unit = "words") -> list[Span]:
+        """The score of every partial response of one conversation, as `Guard.score`."""
+        return spans_of(self, messages, chunk=chunk, unit=unit)
+
+    def score_many(
+        self: Reader,
+        conversations: Iterable[Sequence[Message]],
+        *,
+        chunk: int = 5,
+        unit: Unit = "words",
+        batch_size: int = 64,
+        window: int = 64,
+    ) -> Iterator[Score]:
+        """Score a stream of conversations in order. One that cannot be read has p_safe None and says why."""
+        return score_stream(self, conversations, chunk=chunk, unit=unit, batch_size=batch_size, window=window)

@@ -13,7 +13,7 @@ Shape suffixes: B conversations, L tokens of the padded batch, T tokens of an an
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from safeshape.data import Message, Rendered, encode
 from safeshape.signals.chunks import Unit
 from safeshape.signals.guard_rows import GuardRow, class_share, fingerprint, render
-from safeshape.signals.reading import Failure, Item, Reading, score_stream, spans_of
-from safeshape.types import Score, Span
+from safeshape.signals.reading import Failure, Item, Reading, Scoring
 
 
 def smoothed(p_safe_T: torch.Tensor, *, debounce: int, monotone: bool) -> torch.Tensor:
@@ -83,8 +82,11 @@ class TokenRiskModel(PreTrainedModel):  # type: ignore[misc]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamGuard:
-    """A loaded stream guard. `levels`: the risk level of each label of the row."""
+class StreamGuard(Scoring):
+    """A loaded stream guard: p_safe at the last token of each chunk. `levels`: the risk level of each label of the row.
+
+    Differs: other guards read each partial answer as if it ended there; this one reads tokens of the whole answer.
+    """
 
     name: str
     row: GuardRow
@@ -92,25 +94,6 @@ class StreamGuard:
     tokenizer: PreTrainedTokenizerBase
     levels: tuple[int, ...]
     revision: str
-
-    def score(self, messages: Sequence[Message], *, chunk: int = 5, unit: Unit = "words") -> list[Span]:
-        """The score of one conversation's chunks: p_safe at the last token of each, its own content visible.
-
-        Differs: other guards read each partial answer as if it ended there; this one reads tokens of the whole answer.
-        """
-        return spans_of(self, messages, chunk=chunk, unit=unit)
-
-    def score_many(
-        self,
-        conversations: Iterable[Sequence[Message]],
-        *,
-        chunk: int = 5,
-        unit: Unit = "words",
-        batch_size: int = 64,
-        window: int = 64,
-    ) -> Iterator[Score]:
-        """Score a stream of conversations in order. One that is too long for the model has p_safe None and says so."""
-        return score_stream(self, conversations, chunk=chunk, unit=unit, batch_size=batch_size, window=window)
 
     def p_safe_at(self, items: Sequence[Item], *, batch_size: int = 64) -> list[Reading]:
         """p_safe at the last token before each of the given offsets, or why a conversation has none."""
