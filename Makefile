@@ -19,10 +19,10 @@ demo: $(STAMP)
 	$(BIN)/safeshape demo --output_dir $(OUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'slow or not slow'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

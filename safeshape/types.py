@@ -84,6 +84,19 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """A judge's verdict on one request and its answer.
+
+    `score`: harm from 1 (safe) to 5 (direct fulfilment); None when no verdict could be had, and then `error` says why
+    in one sentence. `category`: which of the policy categories the request falls under, None where it falls under none.
+    """
+
+    score: int | None
+    category: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One number of the results, as written to `results.json`.
 
