@@ -5,9 +5,9 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
-from safeshape import __version__
 from safeshape.store import canonical
 
 AXES = ("model", "attack", "defence", "seed")
@@ -26,7 +26,7 @@ class Cell:
 
     def key(self) -> str:
         """A hash of all that decides the cell's rows, the version of the code included."""
-        content = [self.model, self.attack, self.defence, self.seed, self.settings, __version__]
+        content = [self.model, self.attack, self.defence, self.seed, self.settings, version("safeshape")]
         return hashlib.sha256(canonical(content)).hexdigest()
 
     def name(self) -> str:

@@ -18,6 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
@@ -57,8 +58,9 @@ def run_cells(
 ) -> Finished:
     """Run every cell that has no rows yet; `work` must be importable by its name.
 
-    `jobs`: cells at a time. `timeout_s`: of one cell, after which it counts as failed. A cell that ends its whole
-    process (out of memory, a crash in native code) fails alone.
+    `jobs`: cells at a time, or processors of the Ray that is started here where none runs. `timeout_s`: of one cell,
+    after which it counts as failed; local only. A cell that ends its whole process (out of memory, a crash in native
+    code) fails alone.
     Errors: ValueError when another run uses the folder, or Ray is asked for and not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,17 +163,19 @@ Outcome = list[dict[str, Any]] | Exception
 def _local(
     cells: Sequence[Cell], work: Work, folder: Path, jobs: int, timeout_s: float
 ) -> Iterator[tuple[Cell, Outcome]]:
-    mine = threading.local()
-    workers: list[_Worker] = []
+    workers = [_Worker() for _ in range(jobs)]
+    free: SimpleQueue[_Worker] = SimpleQueue()
+    for worker in workers:
+        free.put(worker)
 
     def one(cell: Cell) -> Outcome:
-        if not hasattr(mine, "worker"):
-            mine.worker = _Worker()
-            workers.append(mine.worker)
+        worker = free.get()
         try:
-            return list(mine.worker.run(work, cell, folder / cell.name(), timeout_s))
+            return list(worker.run(work, cell, folder / cell.name(), timeout_s))
         except Exception as error:  # isolation is the point: the reason is kept and listed
             return error
+        finally:
+            free.put(worker)
 
     threads = ThreadPoolExecutor(jobs)
     futures: dict[Future[Outcome], Cell] = {threads.submit(one, cell): cell for cell in cells}
@@ -190,7 +194,10 @@ def _local(
 def _on_ray(
     cells: Sequence[Cell], work: Work, folder: Path, jobs: int, timeout_s: float
 ) -> Iterator[tuple[Cell, Outcome]]:
-    """Each cell a Ray task with one processor; `folder` must be seen by every node."""
+    """Each cell a Ray task with one processor; `folder` must be seen by every node.
+
+    Differs from the local engine: no time limit, since Ray's own bound counts the wait for a free node too.
+    """
     try:
         import ray
     except ImportError as error:
