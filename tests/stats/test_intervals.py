@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from statsmodels.stats.proportion import proportion_confint
 
-from safeshape.stats import bootstrap, mean_band
+from safeshape.stats import bootstrap, exact, mean_band, wilson, wilson_of_rate
 
 
 def test_a_bootstrap_interval_of_a_mean_is_the_normal_one_for_many_rows():
@@ -53,3 +56,25 @@ def test_one_observation_has_no_interval(rows):
         bootstrap(np.mean, np.ones(5), np.ones(rows))
     with pytest.raises(ValueError, match="at least two rows"):
         mean_band(np.ones((rows, 3)))
+
+
+@given(st.integers(1, 400), st.floats(0, 1))
+def test_rates_are_those_of_statsmodels(n, share):
+    successes = round(n * share)
+    theirs = {m: proportion_confint(successes, n, method=m) for m in ("wilson", "beta")}
+    assert wilson(successes, n) == pytest.approx(theirs["wilson"], abs=1e-9)
+    assert wilson_of_rate(successes / n, n) == pytest.approx(theirs["wilson"], abs=1e-9)
+    assert exact(successes, n) == pytest.approx(theirs["beta"], abs=1e-7)
+    assert exact(successes, n)[0] <= successes / n <= exact(successes, n)[1]
+
+
+def test_no_success_in_n_has_a_closed_form():
+    # The exact upper end solves (1 - p)^n = 0.025; the "rule of three" for 95 % on both sides.
+    assert exact(0, 150) == pytest.approx((0.0, 1 - 0.025 ** (1 / 150)))
+    assert exact(150, 150) == pytest.approx((0.025 ** (1 / 150), 1.0))
+
+
+@pytest.mark.parametrize("call", [lambda: exact(1, 0), lambda: exact(6, 5), lambda: wilson_of_rate(1.1, 5)])
+def test_what_is_not_a_rate_is_refused(call):
+    with pytest.raises(ValueError, match="a rate"):
+        call()

@@ -1,4 +1,4 @@
-"""Intervals for the numbers in a report.
+"""Intervals of one rate or one statistic.
 
 Shape suffixes: R observations (rows), P positions. Seeds make every interval repeatable.
 """
@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 from scipy.stats import bootstrap as scipy_bootstrap
 
+Z95 = float(norm.ppf(0.975))
 _CELLS = 2_000_000  # numbers held at once while resampling; only memory depends on it
 
 
@@ -20,10 +21,37 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     Errors: ValueError when n is 0 or there are more successes than trials.
     Source: Wilson 1927, as implemented by scipy.
     """
+    return _proportion(successes, n, "wilson")
+
+
+def exact(successes: int, n: int) -> tuple[float, float]:
+    """The 95 % Clopper-Pearson interval of a rate: it covers the truth at least as often as it says, for every n.
+
+    Wider than Wilson's; for a statement such as "no success in n", where the claim must not be too small.
+    Errors: ValueError when n is 0 or there are more successes than trials.
+    Source: Clopper and Pearson 1934, as implemented by scipy.
+    """
+    return _proportion(successes, n, "exact")
+
+
+def _proportion(successes: int, n: int, method: str) -> tuple[float, float]:
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"a rate needs 0 <= successes <= n and n >= 1, got {successes} of {n}")
-    interval = binomtest(successes, n).proportion_ci(confidence_level=0.95, method="wilson")
+    interval = binomtest(successes, n).proportion_ci(confidence_level=0.95, method=method)
     return float(interval.low), float(interval.high)
+
+
+def wilson_of_rate(rate: float, n: int) -> tuple[float, float]:
+    """The 95 % Wilson interval where only the rate is known, which need not be a whole number of n trials.
+
+    Errors: ValueError when n is 0 or the rate lies outside [0, 1].
+    """
+    if n < 1 or not 0 <= rate <= 1:
+        raise ValueError(f"a rate must lie in [0, 1] with n >= 1, got {rate} of n={n}")
+    squared = Z95 * Z95 / n
+    middle = (rate + squared / 2) / (1 + squared)
+    half = Z95 / (1 + squared) * (rate * (1 - rate) / n + squared / (4 * n)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def bootstrap(
