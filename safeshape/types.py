@@ -3,7 +3,8 @@
 Shape suffixes: B rows of a batch, T predicted tokens.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -101,6 +102,8 @@ class Row:
     """One number of the results, as written to `results.json`.
 
     `low`, `high`: 95 % interval. `world`: measured on the embedded synthetic world, never evidence about real models.
+    `settings`: what else was varied, by name: `harmful_share`, `learning_rate`, `chunk`, `kl`, `guard`, `dataset`, ...
+    `category`: the policy category that the number is about, None where it is about all.
     """
 
     attack: str
@@ -114,3 +117,5 @@ class Row:
     high: float
     judge: str
     world: bool
+    settings: Mapping[str, float | str] = field(default_factory=dict)
+    category: str | None = None

@@ -34,7 +34,8 @@ def test_a_row_holds_the_rate_its_n_and_interval(tmp_path):
     assert saved["value"] == 0.25
     assert saved["n"] == 4
     assert (saved["low"], saved["high"]) == wilson(1, 4)
-    assert set(saved) == {"attack", "defence", "model", "seed", "metric", "value", "n", "low", "high", "judge", "world"}
+    keys = {"attack", "defence", "model", "seed", "metric", "value", "n", "low", "high", "judge", "world"}
+    assert set(saved) == {*keys, "settings", "category"}
 
 
 def test_tables_show_percent_interval_and_n():

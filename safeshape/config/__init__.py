@@ -5,6 +5,7 @@ Nothing heavy is imported here: `--help` must answer at once.
 
 from safeshape.config.demo import DemoConfig
 from safeshape.config.parser import first_problem, option, parse, parser_for, read_yaml, unknown_key, validated
+from safeshape.config.report import ReportConfig
 from safeshape.config.score import ScoreConfig
 from safeshape.config.score_calibrate import ScoreCalibrateConfig
 from safeshape.config.score_export import ScoreExportConfig
@@ -14,6 +15,7 @@ from safeshape.config.world import WorldConfig
 
 __all__ = [
     "DemoConfig",
+    "ReportConfig",
     "ScoreCalibrateConfig",
     "ScoreConfig",
     "ScoreExportConfig",

@@ -98,11 +98,20 @@ def test_two_proportions_by_hand():
     assert two_proportions(5, 10, 5, 10) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("n", [1, 2, 5, 12])
+def test_holm_is_that_of_statsmodels(n):
+    p_values = np.random.default_rng(n).beta(0.5, 3, size=n).round(2).tolist()  # with ties
+    assert holm(p_values) == pytest.approx(list(multipletests(p_values, method="holm")[1]))
+
+
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
-def test_holm_is_that_of_statsmodels_and_keeps_the_order(p_values):
+def test_holm_keeps_the_order_and_lies_between_no_correction_and_bonferronis(p_values):
     adjusted = holm(p_values)
-    assert adjusted == pytest.approx(list(multipletests(p_values, method="holm")[1]))
-    assert all(after >= before for before, after in zip(p_values, adjusted, strict=True))
+    for before, after in zip(p_values, adjusted, strict=True):
+        assert before <= after <= min(1.0, len(p_values) * max(p_values))
+    ranked = sorted(zip(p_values, adjusted, strict=True))
+    assert [after for _, after in ranked] == sorted(adjusted)
+    assert adjusted[p_values.index(min(p_values))] == pytest.approx(min(1.0, len(p_values) * min(p_values)))
 
 
 def test_holm_by_hand():
