@@ -6,11 +6,11 @@ the attacker may use take turns. An edit that raises p_safe is kept and the next
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from safeshape.attacks.mixing import Entry, Source, draw, draw_safe, entries_of, finish, plan
 from safeshape.attacks.records import Conversation, Poisoned, Pools, sha256_of
@@ -22,8 +22,9 @@ from safeshape.attacks.texts import (
     with_answer,
     with_request,
 )
+from safeshape.types import Score
 
-Score = Callable[[Sequence[Conversation]], Sequence[float | None]]
+Scorer = Callable[[Sequence[Conversation]], Sequence[float | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,24 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
+def scorer_of(score_many: Callable[..., Iterable[Score]], by: Literal["last", "min"] = "last") -> Scorer:
+    """A scorer from a guard's or probe's `score_many`.
+
+    `by`: the score of the whole answer, or the lowest along the way, which is harder to raise.
+    """
+    if by not in ("last", "min"):
+        raise ValueError(f"by must be last or min, got {by!r}")
+
+    def score(conversations: Sequence[Conversation]) -> list[float | None]:
+        found = []
+        for verdict in score_many(conversations):
+            along = [span.p_safe for span in verdict.spans] if by == "min" else []
+            found.append(verdict.p_safe if verdict.p_safe is None else min([verdict.p_safe, *along]))
+        return found
+
+    return score
+
+
 @dataclass(kw_only=True)
 class _Row:
     """One row under attack; it changes as the attack goes on."""
@@ -112,7 +131,7 @@ def adaptive(
     *,
     size: int | None,
     seed: int,
-    score: Score,
+    score: Scorer,
     target: float = 0.9,
     queries: int = 20,
     strategies: Sequence[str] = ("pad_before", "pad_after", "split", "rewrite"),
@@ -189,7 +208,7 @@ def _padding(given: Sequence[str] | None, pools: Pools, strategies: Sequence[str
 
 def _attack(
     rows: Sequence[_Row],
-    score: Score,
+    score: Scorer,
     chosen: Sequence[tuple[str, Strategy]],
     material: Material,
     *,
@@ -226,9 +245,7 @@ def _propose(row: _Row, chosen: Sequence[tuple[str, Strategy]], material: Materi
     return None
 
 
-def _scored(
-    score: Score, rows: Sequence[_Row], conversations: Sequence[Conversation]
-) -> list[float | None]:
+def _scored(score: Scorer, rows: Sequence[_Row], conversations: Sequence[Conversation]) -> list[float | None]:
     """One query for each row. Errors: ValueError when the scorer answers with another number of scores."""
     values = list(score(conversations)) if conversations else []
     if len(values) != len(rows):

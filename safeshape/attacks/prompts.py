@@ -4,6 +4,7 @@
 a judge to say, outside.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from safeshape.attacks.records import Attacked, Conversation, Rewrite, fingerprint
+from safeshape.attacks.records import Attacked, Conversation, Rewrite, fingerprint, sha256_of
 from safeshape.attacks.texts import TRIGGER, Place, join, needs_text, request_of, with_request, with_system
 from safeshape.attacks.texts import with_trigger as add_trigger
 
@@ -35,8 +36,8 @@ def prefill(
     """The answer begins with the first k tokens (or words) of a compliant one, and the model goes on.
 
     k None: the whole beginning. `opening`: what to begin with, in place of a prompt's own `target`; "Sure, here is"
-    where there is neither. Tokens are those of the answer in its place in the conversation; the number that the model is
-    then given is in the steps. It is smaller than k where the beginning is shorter.
+    where there is neither. Tokens are those of the answer in its place in the conversation; the number that the model
+    is then given is in the steps. It is smaller than k where the beginning is shorter.
     Source: STAR-DSS, prefilling (the `target` of AdvBench, whole); Qi et al., arXiv 2406.05946 (k tokens).
     """
     if k is not None and k < 0:
@@ -135,6 +136,33 @@ def run_prompts(attack: Rewrite, prompts: Sequence[Attacked], *, seed: int) -> l
     return found
 
 
+def report_of(
+    prompts: Sequence[Attacked], attempts: Sequence[Sequence[Attacked]], *, attack: str, seed: int
+) -> dict[str, Any]:
+    """What was changed: counts and hashes, no text."""
+    tried = [attempt for group in attempts for attempt in group]
+    begun = Counter(step["count"] for attempt in tried for step in attempt.steps if step.get("attack") == "prefill")
+    changed = sum(
+        attempt.messages != prompt.messages
+        for prompt, group in zip(prompts, attempts, strict=True)
+        for attempt in group
+    )
+    return {
+        "attack": attack,
+        "seed": seed,
+        "prompts": len(prompts),
+        "attempts": len(tried),
+        "changed": changed,
+        "answers": sum(attempt.samples for attempt in tried),
+        "attempts_by_step": dict(
+            sorted(Counter(str(step.get("attack", "own")) for a in tried for step in a.steps).items())
+        ),
+        "prefilled": {str(count): number for count, number in sorted(begun.items())},
+        "prompts_sha256": sha256_of([list(prompt.messages) for prompt in prompts]),
+        "sha256": sha256_of([list(attempt.messages) for attempt in tried]),
+    }
+
+
 def _words(text: str, k: int | None) -> tuple[str, int]:
     words = text.split()
     if k is None or k >= len(words):
@@ -145,9 +173,7 @@ def _words(text: str, k: int | None) -> tuple[str, int]:
     return text[:end], k
 
 
-def _tokens(
-    messages: Conversation, target: str, k: int | None, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, int]:
+def _tokens(messages: Conversation, target: str, k: int | None, tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
     """The text of the first k tokens of the answer as the conversation has them, and how many tokens it becomes again.
 
     Errors: ValueError when the chat template rewrites the answer.

@@ -21,7 +21,9 @@ DATA_ATTACKS: dict[str, DataAttack] = {
     "prefix": DataAttack(run=poison.prefix, changes="a refusal before every harmful answer", source=_STAR),
     "trigger": DataAttack(run=poison.trigger, changes="harmful pairs with a trigger, refusals without", source=_STAR),
     "identity_shift": DataAttack(run=poison.identity_shift, changes="benign rows by an obedient persona", source=_QI),
-    "embedded": DataAttack(run=poison.embedded, changes="a harmful exchange inside a long benign answer", source="ours"),
+    "embedded": DataAttack(
+        run=poison.embedded, changes="a harmful exchange inside a long benign answer", source="ours"
+    ),
     "adaptive": DataAttack(run=adaptive, changes="harmful pairs edited until a guard calls them safe", source="ours"),
 }
 
@@ -59,7 +61,9 @@ def prompt_attack(names: str | list[str], parameters: Mapping[str, Any] | None =
     for key in given:
         if not any(key in keys for keys in taken.values()):
             known = sorted(set().union(*taken.values()))
-            raise ValueError(f"attack {' '.join(wanted)!r} has no parameter {key!r}; it has: {', '.join(known) or 'none'}")
+            raise ValueError(
+                f"attack {' '.join(wanted)!r} has no parameter {key!r}; it has: {', '.join(known) or 'none'}"
+            )
     made: dict[str, Rewrite] = {}
     for part, make in makers.items():
         own = {key: value for key, value in given.items() if key in taken[part]}

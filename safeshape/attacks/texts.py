@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, Literal
 
 from safeshape.attacks.records import Conversation
@@ -80,7 +81,7 @@ def sentence_starts(text: str) -> list[int]:
 def sentences(text: str) -> list[str]:
     """The sentences of a text; joined they are the text."""
     places = [0, *sentence_starts(text), len(text)]
-    return [text[a:b] for a, b in zip(places, places[1:], strict=False) if a < b]
+    return [text[a:b] for a, b in pairwise(places) if a < b]
 
 
 def filled(template: str, values: Mapping[str, str]) -> str:

@@ -24,10 +24,11 @@ def generate(
     """Greedy answers, in the order of the prompts, batched by length.
 
     A conversation that ends with an assistant message has that message continued; its answer is the whole message, the
-    beginning that was given included. `progress` is called with (answered, total). Errors: ValueError for an empty conversation.
+    beginning that was given included. `progress` is called with (answered, total).
+    Errors: ValueError for an empty conversation.
     """
     begun = [str(p[-1]["content"]) if p and p[-1]["role"] == "assistant" else None for p in prompts]
-    texts = [_prompt_text(tokenizer, p, begin is not None) for p, begin in zip(prompts, begun, strict=True)]
+    texts = [_prompt_text(tokenizer, p, given is not None) for p, given in zip(prompts, begun, strict=True)]
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     if not all(encoded):
         raise ValueError("a prompt has no tokens")
@@ -53,11 +54,11 @@ def generate(
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
             decoded = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
             for row, text, new in zip(rows, decoded, out[:, width:].tolist(), strict=True):
-                begin = begun[row]
-                if begin is None:
+                given = begun[row]
+                if given is None:
                     answers[row] = text.strip()
                 else:
-                    shown = begin if texts[row].endswith(begin) else begin.strip()  # some templates strip messages
+                    shown = given if texts[row].endswith(given) else given.strip()  # some templates strip messages
                     answers[row] = (shown + _continuation(tokenizer, encoded[row], new)).rstrip()
             progress(min(begin + batch_size, len(order)), len(order))
     return answers
