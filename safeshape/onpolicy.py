@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -18,26 +18,17 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safeshape.caching import model_hash
-from safeshape.data import Message, as_messages, last_turns, prompt_ids
+from safeshape.data import as_messages, last_turns, prompt_ids
 from safeshape.models import Cached, Frozen, Reference
 from safeshape.models.generation import generate_from
 from safeshape.models.reference import answering
 from safeshape.policies import Policy
+from safeshape.signals.judges import Judging
 from safeshape.store import Store, content_key
 from safeshape.types import IGNORE, Judgement
 
 logger = logging.getLogger("safeshape")
 Batch = dict[str, Any]  # a collated micro-batch
-
-
-class Judging(Protocol):
-    """What is needed of a judge."""
-
-    def submit(self, messages: Sequence[Message]) -> "Future[Judgement]":
-        """Begin to judge one conversation and return at once."""
-
-    def identity(self) -> dict[str, Any]:
-        """What makes its verdicts."""
 
 
 @dataclass(frozen=True, kw_only=True)

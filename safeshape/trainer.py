@@ -99,6 +99,7 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         self._signals = [] if train_dataset is None else signals_of(train_dataset)
         self._data: dict[str, Any] = {}
         self._numbered = Numbered()
+        self.notes: Callable[[], dict[str, Any]] = dict  # what whoever runs this trainer adds to its record
         super().__init__(
             model=model,
             args=args,
@@ -375,7 +376,7 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         """What `safeshape.json` says about this run."""
         counts = {"updates": self.floor.updates, "skipped": self.floor.skipped}
         critic = {} if self.critic is None else {"on_policy": self.critic.state()}
-        return {"loss_head": self.loss_head} | run_record(
+        return {"loss_head": self.loss_head, "critic": self.notes()} | run_record(
             policy=self.policy,
             reference=self.reference_kind,
             signals=self._signals,

@@ -3,7 +3,7 @@
 import zlib
 from concurrent.futures import Future
 
-from safeshape.types import Judgement
+from safeshape.types import Judgement, Score
 
 
 def by_text(messages):
@@ -37,5 +37,23 @@ class Judge:
                 else:
                     future.set_result(Judgement(score=score, error="no verdict" if score is None else None))
 
+    def score_many(self, conversations):
+        return map(self._scored, conversations)
+
+    def _scored(self, messages):
+        score = self.score(messages)
+        p_safe = None if score is None else 1 - (score - 1) / 4
+        return Score(
+            signal="judge", p_safe=p_safe, scorer=self.identity(), error="no verdict" if score is None else None
+        )
+
     def identity(self):
         return {"judge": self.name}
+
+    def close(self):
+        pass
+
+
+def load(**settings):
+    """A judge named in a command: `--judge judging:load`."""
+    return Judge(**settings)
