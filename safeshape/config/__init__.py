@@ -4,6 +4,8 @@ Nothing heavy is imported here: `--help` must answer at once.
 """
 
 from safeshape.config.demo import DemoConfig
+from safeshape.config.judge import JudgeConfig
+from safeshape.config.judge_validate import JudgeValidateConfig
 from safeshape.config.parser import first_problem, option, parse, parser_for, read_yaml, unknown_key, validated
 from safeshape.config.score import ScoreConfig
 from safeshape.config.score_calibrate import ScoreCalibrateConfig
@@ -14,6 +16,8 @@ from safeshape.config.world import WorldConfig
 
 __all__ = [
     "DemoConfig",
+    "JudgeConfig",
+    "JudgeValidateConfig",
     "ScoreCalibrateConfig",
     "ScoreConfig",
     "ScoreExportConfig",

@@ -50,10 +50,10 @@ class Judge:
     """A model as judge, behind an OpenAI-compatible chat server or in this process. Use as a context manager.
 
     `endpoint_or_model`: an http(s) address, a folder or Hub id of a causal model, or anything that can be asked
-    (`Asking`). `model`: its name at the server. `rubric`: a shipped rubric, a text file, or a `Rubric`. `store`: a
-    file that keeps verdicts (or a `Store`, whose file is opened once more); None keeps them for this run only.
-    `tries`: how often a model is asked whose answers cannot be read; each further time it is told so, behind a server
-    at another seed and temperature.
+    (`Asking`; it is the caller's to close). `model`: its name at the server. `rubric`: a shipped rubric, a text file,
+    or a `Rubric`. `store`: a file that keeps verdicts (or a `Store`, whose file is opened once more); None keeps them
+    for this run only. `tries`: how often a model is asked whose answers cannot be read; each further time it is told
+    so, behind a server at another seed and temperature.
     `settings`: those of `Remote` and of `Client` (concurrency, timeout_s, retries, ...), or of `InProcess`.
     Errors: ValueError in one sentence.
     """
@@ -71,6 +71,7 @@ class Judge:
         if tries < 1:
             raise ValueError(f"tries must be at least 1, got {tries}")
         self.rubric, self.tries = rubric_of(rubric), tries
+        self._owned = isinstance(endpoint_or_model, str)
         self.asking: Asking = (
             _opened(endpoint_or_model, model, settings) if isinstance(endpoint_or_model, str) else endpoint_or_model
         )
@@ -81,13 +82,18 @@ class Judge:
         self._door, self._closed = threading.Lock(), False
         # One thread does all but the asking: SQLite wants one, and nothing needs a lock then.
         self._keeper = ThreadPoolExecutor(1, thread_name_prefix="judge")
-        path = store.path if isinstance(store, Store) else store
+        self._path = store.path if isinstance(store, Store) else store
         try:
-            self._store = self._keeper.submit(Store, ":memory:" if path is None else path).result()
+            self._store = self._keeper.submit(Store, self._path or ":memory:").result()
         except ValueError:
             self._keeper.shutdown()
-            self.asking.close()
+            if self._owned:
+                self.asking.close()
             raise
+
+    def told(self, rubric: str | Rubric) -> "Judge":
+        """The same model told another rubric. It lives no longer than this judge, and keeps verdicts where it does."""
+        return Judge(self.asking, rubric=rubric, store=self._path, tries=self.tries)
 
     def identity(self) -> dict[str, Any]:
         """Who judges, and how: rubric, model and settings, as they stand in scored data."""
@@ -148,8 +154,9 @@ class Judge:
         with self._door:
             first, self._closed = not self._closed, True
         if first:
-            self.asking.close()
-            self._keeper.submit(self._store.close)
+            if self._owned:
+                self.asking.close()
+            self._keeper.submit(self._abandon)
             self._keeper.shutdown()
 
     def __enter__(self) -> "Judge":
@@ -220,6 +227,13 @@ class Judge:
             del self._cases[key]
             if case.answering is not None:
                 case.answering.cancel()
+
+    def _abandon(self) -> None:
+        for case in list(self._cases.values()):
+            if case.answering is not None:
+                case.answering.cancel()
+            self._stop(case, CancelledError())
+        self._store.close()
 
     def _finish(self, case: _Case, judgement: Judgement) -> None:
         if self._cases.get(case.key) is case:  # not so where it was given up, and begun anew by another

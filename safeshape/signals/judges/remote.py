@@ -113,7 +113,8 @@ class Remote:
             "max_tokens": self.max_tokens,
             "structured": self.structured,
             "rubric_role": self.rubric_role,
-            "request": self.request,
+            # Tables cannot hold a column without fields.
+            **({"request": self.request} if self.request else {}),
         }
 
     def maker(self) -> dict[str, Any]:
