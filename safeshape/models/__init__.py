@@ -10,6 +10,7 @@ from safeshape.models.reference import (
     Reference,
     choose_reference,
     make_reference,
+    settled_head,
     verify_head,
     verify_reference,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "make_reference",
     "project",
     "read_head",
+    "settled_head",
     "verify_head",
     "verify_reference",
 ]

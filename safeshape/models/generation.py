@@ -30,6 +30,22 @@ def generate(
     begun = [str(p[-1]["content"]) if p and p[-1]["role"] == "assistant" else None for p in prompts]
     texts = [_prompt_text(tokenizer, p, given is not None) for p, given in zip(prompts, begun, strict=True)]
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return generate_from(
+        model, tokenizer, encoded, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+    )
+
+
+def generate_from(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
+    """Greedy answers to prompts that are tokens already. Errors: ValueError for a prompt without tokens."""
+    encoded = [list(ids) for ids in prompts]
     if not all(encoded):
         raise ValueError("a prompt has no tokens")
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -41,7 +57,8 @@ def generate(
     )
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     answers = [""] * len(encoded)
-    with torch.inference_mode(), evaluation_mode(model):
+    # Not inference mode: buffers that a model makes in it (rotary tables) could not be trained with afterwards.
+    with torch.no_grad(), evaluation_mode(model):
         for begin in range(0, len(order), batch_size):
             rows = order[begin : begin + batch_size]
             width = max(len(encoded[row]) for row in rows)
