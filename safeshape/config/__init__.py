@@ -19,9 +19,9 @@ from safeshape.config.world import WorldConfig
 __all__ = [
     "AttackConfig",
     "DemoConfig",
-    "ReportConfig",
     "JudgeConfig",
     "JudgeValidateConfig",
+    "ReportConfig",
     "ScoreCalibrateConfig",
     "ScoreConfig",
     "ScoreExportConfig",

@@ -15,8 +15,8 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from safeshape import world
-from safeshape.config import JudgeSettings, ScoreConfig, TrainConfig, validated
-from safeshape.config.judge import judge_kind
+from safeshape.config import ScoreConfig, TrainConfig, validated
+from safeshape.config.judge import JudgeSettings, judge_kind
 from safeshape.models import load
 from safeshape.onpolicy import OnPolicy
 from safeshape.policies import resolve_policy
