@@ -40,6 +40,7 @@ class Cell:
     attack: str | None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     share_of_size: float = 1.0
+    kind: str = "task"
     asked: Sequence[tuple[str, Mapping[str, Any]]] = (("direct", {}),)
 
 
@@ -81,6 +82,12 @@ CELLS = (
         parameters={"ratio": 0.2, "carriers": 2, "in_request": True},
     ),
     Cell(name="adaptive, ratio 0.2", attack="adaptive", parameters={"ratio": 0.2}),
+    Cell(name="suffix, ratio 1", attack="suffix", share_of_size=0.5),
+    Cell(name="prefix, ratio 1", attack="prefix", share_of_size=0.5),
+    Cell(name="embedded, ratio 1", attack="embedded", parameters={"carriers": 2}, share_of_size=0.5),
+    Cell(name="adaptive, ratio 1", attack="adaptive", share_of_size=0.5),
+    Cell(name="benign_only, skills", attack="benign_only", kind="skill"),
+    Cell(name="identity_shift, skills", attack="identity_shift", kind="skill", asked=(("direct", {}), WITH_PERSONA)),
 )
 
 
@@ -96,7 +103,7 @@ def measure(cell: Cell, *, family: str, size: int, held_out: int, epochs: int, s
             guard = load_guard("world", model=world.path("guard"))
             parameters["score"] = scorer_of(partial(guard.score_many, chunk=10**6))
         attack = data_attack(cell.attack, parameters)
-        poisoned = attack(pools(seed=seed), size=round(size * cell.share_of_size), seed=seed)
+        poisoned = attack(pools(seed=seed, kind=cell.kind), size=round(size * cell.share_of_size), seed=seed)
         report = {key: poisoned.report[key] for key in ("size", "rows_by_origin")}
         report |= {key: poisoned.report[key] for key in ("scores", "pairs") if key in poisoned.report}
         with tempfile.TemporaryDirectory() as folder:

@@ -2,7 +2,7 @@
 
 from safeshape.defences.data import with_system_prompt
 from safeshape.defences.records import Context, Defence
-from safeshape.defences.run import Defended, check_defence, run_defence
+from safeshape.defences.run import Defended, check_defence, run_defence, save_defended
 from safeshape.defences.stepping import Loop, Stepper
 from safeshape.defences.table import DEFENCES, resolve_defence
 from safeshape.defences.trainer import DefendedTrainer
@@ -18,5 +18,6 @@ __all__ = [
     "check_defence",
     "resolve_defence",
     "run_defence",
+    "save_defended",
     "with_system_prompt",
 ]

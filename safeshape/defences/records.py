@@ -28,6 +28,7 @@ class Context:
     `base`: the model before its alignment. `safe_data`: requests with the answers an aligned model gives, refusals of
     harmful ones among them. `harmful_data`: harmful requests with harmful answers. Both are rows as for training.
     `user_data`: the rows that are trained on, as `prepare` left them; `run_defence` fills it in.
+    `resume`: whether an earlier run in the output folder goes on.
     `args`, `peft_config`: the settings of the fine-tuning run, for methods that train more than once.
     """
 
@@ -39,6 +40,7 @@ class Context:
     safe_data: Dataset | None = None
     harmful_data: Dataset | None = None
     user_data: Dataset | None = None
+    resume: bool = False
 
     @property
     def user_rows(self) -> int | None:

@@ -1,5 +1,6 @@
 """One run of a defence: from an aligned model and a user's rows to a fine-tuned model that is ready to be served."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from safeshape.defences.records import Context, Defence, Model, required
 from safeshape.defences.stepping import Stepper
 from safeshape.defences.table import resolve_defence
 from safeshape.defences.trainer import DefendedTrainer
+from safeshape.provenance import RECORD
 from safeshape.refusals import refuse_unsupported
 
 HARDENED = "hardened"
@@ -83,12 +85,13 @@ def run_defence(
         base=base,
         safe_data=safe_data,
         harmful_data=harmful_data,
+        resume=bool(resume_from_checkpoint),
     )
     check_defence(defence, context, train_dataset)
     if defence.before is not None:
         model = defence.before(model, context)
     if defence.stage == "alignment":
-        model = _hardened(defence, model, context, bool(resume_from_checkpoint))
+        model = _hardened(defence, model, context)
     if defence.keeps_start == "always" or (defence.keeps_start == "full" and peft_config is None):
         context = replace(context, start=own_copy(model).requires_grad_(False))
     rows = train_dataset if defence.prepare is None else defence.prepare(train_dataset, context)
@@ -101,6 +104,18 @@ def run_defence(
     if defence.finish is not None:
         found = defence.finish(found, context)
     return Defended(model=found, system_prompt=defence.system_prompt, trainer=trainer)
+
+
+def save_defended(defended: Defended, folder: str | Path) -> None:
+    """Write what comes out as `SafeTrainer.save_model` does, with its system prompt in `safeshape.json`."""
+    trainer, path = defended.trainer, Path(folder)
+    trainer.save_model(str(path))
+    if defended.model is not trainer.model:
+        for stale in (*path.glob("adapter_*"), *path.glob("model*.safetensors*")):
+            stale.unlink()
+        defended.model.save_pretrained(path)
+    record = {**trainer.record(), "system_prompt": defended.system_prompt}
+    (path / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _stepper(defence: Defence, context: Context, *, alignment: bool) -> Stepper | None:
@@ -128,10 +143,10 @@ def _trainer(defence: Defence, model: PreTrainedModel, context: Context, options
     )
 
 
-def _hardened(defence: Defence, model: PreTrainedModel, context: Context, resume: bool) -> PreTrainedModel:
+def _hardened(defence: Defence, model: PreTrainedModel, context: Context) -> PreTrainedModel:
     """The model after its alignment stage, an adapter of that stage merged; kept on disk for a resumed run."""
     folder = Path(context.output_dir) / HARDENED
-    if resume and (folder / "config.json").is_file():
+    if context.resume and (folder / "config.json").is_file():
         kept: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
         return kept
     safe = required(context.safe_data, "safe_data", defence.name)

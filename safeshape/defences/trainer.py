@@ -65,6 +65,8 @@ class DefendedTrainer(SafeTrainer):
     Errors: ValueError in one sentence, also when a checkpoint is from another defence or other safe or harmful data.
     """
 
+    _total_train_tokens: int
+
     def __init__(
         self,
         *arguments: Any,

@@ -79,7 +79,8 @@ class Scheduler(Stepper):
     """Row weights w = R * softmax(omega), learned online beside the model.
 
     Model: share_safe * CE_safe + share_user * mean_i w_i l_i. Then omega: a step on mean_i w_i l_i with l fixed, so
-    that rows the model does not learn beside the safe data lose weight. `l_i`, `CE_safe`: means over rows of token means.
+    that rows the model does not learn beside the safe data lose weight. `l_i`: token mean of row i; `CE_safe`: the mean
+    over rows of the safe data's.
     """
 
     def __init__(
@@ -188,11 +189,13 @@ def seal(
         )
         start = required(context.start, "start", "seal")
         settings = {"num_train_epochs": float(epochs), "max_steps": -1}
+        chosen = Path(context.output_dir) / "seal_kept.json"
+        if context.resume and chosen.is_file():
+            return dataset.select(json.loads(chosen.read_text()))
         trained_on(start, dataset, context, "seal", stepper=selector, **settings)
         kept = best_rows(selector.omega.detach(), keep)
-        folder = Path(context.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "seal_kept.json").write_text(json.dumps(kept) + "\n")
+        chosen.parent.mkdir(parents=True, exist_ok=True)
+        chosen.write_text(json.dumps(kept) + "\n")
         return dataset.select(kept)
 
     return Defence(

@@ -24,7 +24,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Label:
-    """What is true of a row. `score`: 1 to 5, None where labels say only unsafe or not. `category`: None if not known."""
+    """What is true of a row. `score`: 1 to 5, None where labels say only unsafe or not. `category`: None if unknown."""
 
     unsafe: bool
     score: int | None = None

@@ -25,7 +25,7 @@ from safeshape.signals.engines import Item, local
 from safeshape.signals.judges import Judge, Judging
 from safeshape.signals.probes import Probe, Prompt
 from safeshape.signals.scorers import fingerprint, open_scorer
-from safeshape.sources import read_dataset
+from safeshape.sources import open_source
 from safeshape.store import Store
 from safeshape.train.settings import Settings
 from safeshape.types import Score
@@ -90,9 +90,10 @@ def _judge(config: TrainConfig, path: Path) -> Judging | None:
     named = {} if config.judge_model is None else {"judge_model": config.judge_model}
     further = config.judge_settings if isinstance(config.judge_settings, dict) else {}
     settings = validated(JudgeSettings, {**further, "judge": config.judge, **named})
+    settings.check_kinds(config.judge)
     path.parent.mkdir(parents=True, exist_ok=True)
     keeps = {"store": path} if judge_kind(config.judge) in ("process", "server") else {}
-    judge = load_judge(config.judge, **settings.judge_settings(), **keeps)
+    judge = load_judge(config.judge, **settings.judge_settings(config.judge), **keeps)
     if isinstance(judge, Judge):
         try:
             judge.maker()
@@ -217,7 +218,7 @@ def prompts_of(name: str) -> Iterator[Prompt]:
 
     Errors: ValueError that names the file and row.
     """
-    for index, row in enumerate(read_dataset(name)):
+    for index, row in enumerate(open_source(name).rows()):
         prompt = row.get("prompt")
         if prompt is None and row.get("messages"):
             messages = row["messages"]

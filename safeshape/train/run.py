@@ -64,6 +64,8 @@ def train(argv: Sequence[str], progress: Any) -> str:
             f"policy {resolved.name!r} needs scores, and {config.dataset_name} has no `safety` column; "
             "give --guard, --probe or --judge, or run `safeshape score` first"
         )
+    if config.judge and not resolved.needs_signal:
+        raise ValueError(f"policy {resolved.name!r} does not use a risk; leave out --judge")
     settings = (config, args, model_args)
     with open_critic(dataset, settings, name, progress) as critic:
         trainer = make_trainer(name, critic, settings)
