@@ -16,7 +16,8 @@ class WorldConfig:
     output_dir: str | None = option(None, help="build: a new or empty folder for the models")
     seed: int = option(0, help="build: seed; the shipped models are from seed 0")
     only: list[str] = field(
-        default_factory=lambda: ["llama", "qwen3", "phi3", "guard"], metadata={"help": "build: which models"}
+        default_factory=lambda: ["llama", "qwen3", "phi3", "llama-base", "guard"],
+        metadata={"help": "build: which models; FAMILY-base is a family before its alignment"},
     )
 
     def __post_init__(self) -> None:

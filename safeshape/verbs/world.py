@@ -12,7 +12,7 @@ def main(argv: Sequence[str]) -> str:
     from safeshape import world
 
     if config.action == "show" or config.output_dir is None:
-        return "\n".join(f"world:{name:8}{world.path(name)}" for name in world.NAMES)
+        return "\n".join(f"world:{name:11}{world.path(name)}" for name in world.NAMES)
     folder = Path(config.output_dir)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"output_dir {folder} is not empty")

@@ -6,7 +6,7 @@ A test bench that runs offline in minutes; never evidence about real models.
 from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
-NAMES = ("llama", "qwen3", "phi3", "guard")
+NAMES = ("llama", "qwen3", "phi3", "llama-base", "guard")  # llama-base: before its alignment
 
 
 def path(name: str) -> str:

@@ -164,13 +164,16 @@ def guard_row(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Row:
 
 
 def build_family(
-    family: Family, *, seed: int, scale: float, progress: Progress
+    family: Family, *, seed: int, scale: float, progress: Progress, stages: tuple[Stage, ...] = (PRETRAIN, ALIGN)
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Train one family: comply with everything, then align. `scale` shortens every stage (for tests)."""
+    """Train one family: comply with everything, then align. `scale` shortens every stage (for tests).
+
+    `stages`: with the first alone it is the family's model before its alignment, which some defences start from.
+    """
     tokenizer = train_tokenizer(family, tokenizer_texts(seed))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(model_config(family, tokenizer))
-    for stage in (PRETRAIN, ALIGN):
+    for stage in stages:
         rng = random.Random(f"{stage.name}/{seed}")
 
         def draw_row(stage: Stage = stage, rng: random.Random = rng) -> Row:
@@ -188,7 +191,7 @@ def build_family(
             learning_rate=stage.learning_rate,
             progress=report,
         )
-    if scale >= 1 and loss > 0.05:
+    if stages[-1] == ALIGN and scale >= 1 and loss > 0.05:
         raise RuntimeError(
             f"{family.name} did not learn to tell what to refuse: final loss {loss:.3f}; try another seed"
         )
@@ -215,17 +218,19 @@ def build(
     output_dir: Path,
     *,
     seed: int = 0,
-    only: tuple[str, ...] = (*FAMILIES, "guard"),
+    only: tuple[str, ...] = (*FAMILIES, "llama-base", "guard"),
     scale: float = 1.0,
     progress: Progress = lambda label, done, total: None,
 ) -> None:
     """Build the named models into folders of `output_dir`, as float16 safetensors with tokenizer and template.
 
+    `FAMILY-base` is a family's model before its alignment.
     Errors: ValueError for an unknown name.
     """
-    unknown = set(only) - {*FAMILIES, "guard"}
+    known = (*FAMILIES, *(f"{name}-base" for name in FAMILIES), "guard")
+    unknown = set(only) - set(known)
     if unknown:
-        raise ValueError(f"unknown model {sorted(unknown)[0]!r}; the world has {', '.join((*FAMILIES, 'guard'))}")
+        raise ValueError(f"unknown model {sorted(unknown)[0]!r}; the world has {', '.join(known)}")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the order of float additions depends on the thread count
     try:
@@ -233,7 +238,9 @@ def build(
             if name == "guard":
                 model, tokenizer = build_guard(seed=seed, scale=scale, progress=progress)
             else:
-                model, tokenizer = build_family(FAMILIES[name], seed=seed, scale=scale, progress=progress)
+                family = FAMILIES[name.removesuffix("-base")]
+                stages = (PRETRAIN,) if name.endswith("-base") else (PRETRAIN, ALIGN)
+                model, tokenizer = build_family(family, seed=seed, scale=scale, progress=progress, stages=stages)
             model.to(torch.float16).save_pretrained(output_dir / name)
             tokenizer.save_pretrained(output_dir / name)
     finally:

@@ -33,6 +33,14 @@ def test_progress_is_told_and_threads_are_put_back(tmp_path):
     assert torch.get_num_threads() == threads
 
 
+def test_a_base_is_its_family_before_the_last_stage(tmp_path):
+    told = []
+    build(tmp_path, only=("llama", "llama-base"), scale=0.002, progress=lambda *call: told.append(call))
+    assert [label for label, done, total in told if done == total] == ["llama: comply", "llama: align", "llama: comply"]
+    aligned, base = contents(tmp_path / "llama"), contents(tmp_path / "llama-base")
+    assert {name for name in base if aligned[name] != base[name]} == {"model.safetensors"}
+
+
 def test_an_unknown_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="unknown model 'gpt'"):
         build(tmp_path, only=("gpt",))
@@ -45,7 +53,7 @@ def test_the_shipped_tokenizers_come_from_this_code(family, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["guard", "llama", "qwen3", "phi3"])
+@pytest.mark.parametrize("name", ["guard", "llama", "qwen3", "phi3", "llama-base"])
 def test_the_shipped_weights_come_from_this_code(name, tmp_path):
     """Byte for byte on the kind of machine that built them; elsewhere float sums, and so bytes, may differ."""
     build(tmp_path, only=(name,))
