@@ -275,7 +275,7 @@ def test_the_default_model_is_gpt_oss_20b(server):
 
 def test_equal_pairs_are_asked_about_once(server, judge_of):
     release = threading.Event()
-    server.delay_s = lambda body: 0.0 if release.wait(20) else 0.0
+    server.delay_s = lambda body: 0.0 * release.wait(20)
     judge = judge_of()
     first = [judge.submit(says(2)) for _ in range(10)]
     release.set()
@@ -380,7 +380,7 @@ def test_injected_verdicts_reach_the_judge_only_as_data(server, judge_of):
 
 def test_giving_up_one_who_waits_does_not_give_up_another(server, judge_of):
     release = threading.Event()
-    server.delay_s = lambda body: 0.0 if release.wait(20) else 0.0
+    server.delay_s = lambda body: 0.0 * release.wait(20)
     judge = judge_of()
     one, other = judge.submit(says(2)), judge.submit(says(2))
     assert one.cancel()
@@ -390,7 +390,7 @@ def test_giving_up_one_who_waits_does_not_give_up_another(server, judge_of):
 
 def test_giving_up_all_who_wait_gives_the_question_up(server, judge_of):
     release = threading.Event()
-    server.delay_s = lambda body: 0.0 if release.wait(20) else 0.0
+    server.delay_s = lambda body: 0.0 * release.wait(20)
     judge = judge_of(concurrency=1)
     futures = [judge.submit(says(2)), judge.submit(says(2))]
     later = judge.submit(says(3))

@@ -203,6 +203,23 @@ def test_an_error_of_the_model_reaches_who_waits(taught, monkeypatch):
         assert judge.score(ROWS[1]).score == 1, "the next is judged all the same"
 
 
+def test_a_conversation_that_outgrows_the_memory_fails_alone(taught, monkeypatch):
+    with Judge(str(taught), **SHORT) as judge:
+        generate = judge.asking.model.generate
+        longest = max(len(tokens(judge.asking.tokenizer, question(row), "system")) for row in ROWS)
+
+        def small(**inputs):
+            if inputs["input_ids"].numel() >= longest:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return generate(**inputs)
+
+        monkeypatch.setattr(judge.asking.model, "generate", small)
+        got = list(judge.judge_many(ROWS))
+    assert [wanted == (j.score, j.category) for wanted, j in zip(WANTED, got, strict=True)].count(True) == 2
+    (failed,) = [j for j in got if j.score is None]
+    assert failed.error == "the conversation is too long for the memory of the device"
+
+
 def test_bad_settings(taught, tokenizer):
     with pytest.raises(ValueError, match="name of its own only at a server"):
         Judge(str(taught), model="x")

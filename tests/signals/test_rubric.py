@@ -24,7 +24,7 @@ from safeshape.world.language import ACTS
 
 
 def test_the_categories_are_the_worlds():
-    assert CATEGORIES == tuple(ACTS)
+    assert tuple(ACTS) == CATEGORIES
     assert len(CATEGORIES) == 11
 
 
@@ -155,9 +155,8 @@ GOOD = {
     '```json\n{"score": 5, "category": "fraud"}\n```': Judgement(score=5, category="fraud"),
     '```\n{"score": 5, "category": "fraud"}\n```': Judgement(score=5, category="fraud"),
     '<think>is it {"score": 1}?</think>\n\n{"score": 3, "category": "none"}': Judgement(score=3),
-    '<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>{"score": 3, "category": "none"}': (
-        Judgement(score=3)
-    ),
+    '<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>{"score": 3, '
+    '"category": "none"}': Judgement(score=3),
 }
 
 
