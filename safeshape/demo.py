@@ -135,9 +135,7 @@ def fine_tune(
         train_dataset=dataset,
         processing_class=tokenizer,
         policy=dict(method.policy) | ({} if method.mean_of is None else {"beta": means[method.mean_of]}),
-        on_policy=OnPolicy(judge=judge, every=JUDGE_EVERY, max_new_tokens=64, wait_s=60.0)
-        if method.on_policy
-        else None,
+        on_policy=judged if method.on_policy else None,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
