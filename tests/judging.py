@@ -50,6 +50,9 @@ class Judge:
     def identity(self):
         return {"judge": self.name}
 
+    def counters(self):
+        return {"asked": len(self.asked)}
+
     def close(self):
         pass
 

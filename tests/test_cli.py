@@ -1,6 +1,7 @@
 """The command line as a user meets it: help at once, one sentence for bad input, nothing half-written."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -113,7 +114,7 @@ def test_recipes_parse(recipe):
     config, args, _ = parse_settings(["--config", str(recipe), "--dataset_name", "d", "--output_dir", "o"])
     assert args.num_train_epochs > 0
     assert config.policy
-    assert len(list((ROOT / "recipes").iterdir())) <= 8
+    assert len(list((ROOT / "recipes").iterdir())) <= 10
 
 
 BAD_FLAGS = [
@@ -278,12 +279,17 @@ def test_train_scores_with_a_guard_by_itself(command, tmp_path):
 
 
 def test_a_killed_run_resumes_to_the_same_weights(command, tmp_path, monkeypatch):
+    """With everything that has a state: a smoothed batch risk from verdicts on the model's own answers."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'tests'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     settings = {"max_steps": 40, "save_strategy": "steps", "save_steps": "1", "save_total_limit": "3"}
+    settings |= {"policy": '{"name": "adaptive", "scope": "batch", "ema": 0.9}', "logging_steps": "1"}
+    settings |= {"judge": "judging:load", "judge_mode": "on_policy", "judge_every": "3", "judge_wait_s": "60"}
+    settings |= {"judge_max_new_tokens": "4", "learning_rate": "1e-2"}
     killed, whole = str(tmp_path / "killed"), str(tmp_path / "whole")
     run = [sys.executable, "-m", "safeshape.cli"]
     process = subprocess.Popen([*run, *command(output_dir=killed, **settings)], stderr=subprocess.DEVNULL)
-    while not list(Path(killed).glob("checkpoint-[3-9]")) and process.poll() is None:
+    while not list(Path(killed).glob("checkpoint-[4-9]")) and process.poll() is None:
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
@@ -292,7 +298,13 @@ def test_a_killed_run_resumes_to_the_same_weights(command, tmp_path, monkeypatch
     subprocess.run([*run, *command(output_dir=whole, **settings)], check=True, capture_output=True)
     first, second = (load_file(Path(folder) / "model.safetensors") for folder in (killed, whole))
     assert all(torch.equal(first[name], second[name]) for name in second)
-    assert json.loads((Path(killed) / "safeshape.json").read_text())["state"]["updates"] == 40
+    states = [json.loads((Path(folder) / "safeshape.json").read_text())["state"] for folder in (killed, whole)]
+    assert states[0] == states[1]
+    assert (states[0]["updates"], states[0]["on_policy"]["rounds"]) == (40, 14)
+    logs = [json.loads((Path(folder) / "train_results.json").read_text())["log"][:40] for folder in (killed, whole)]
+    for name in ("loss", "batch_risk", "kl_weight", "judge/risk", "judge/staleness"):
+        assert [entry[name] for entry in logs[0]] == [entry[name] for entry in logs[1]], name
+    assert len({entry["batch_risk"] for entry in logs[1]}) > 30
 
 
 def test_a_checkpoint_cut_short_is_passed_over(tmp_path):

@@ -20,6 +20,17 @@ SPECS = [
     *({"policy": "fixed_kl", "reference": kind, "lora": True} for kind in ("copy", "cached")),
     {"policy": "constrained", "reference": "cached", "lora": False},
 ]
+# Answers during training need whole weights in every process, so data parallel only.
+JUDGED = [
+    {"policy": {"name": "adaptive"}, "reference": "copy", "lora": False, "every": 2},
+    {
+        "policy": {"name": "adaptive", "scope": "batch", "ema": 0.5},
+        "reference": "adapter_off",
+        "lora": True,
+        "every": 1,
+    },
+    {"policy": {"name": "adaptive"}, "reference": "cached", "lora": False, "every": 1},
+]
 
 
 def launch(folder, *launcher, specs=SPECS, **variables):
@@ -63,6 +74,20 @@ def test_two_processes_equal_one(tmp_path, alone, recipe, wrapper):
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), (spec, name)
         if spec["reference"] == "cached":
             assert one["shards"] == two["shards"] > 2
+
+
+def test_processes_share_their_verdicts(tmp_path):
+    """Each process has its own rows judged; risks, means and counts are those of one process, in both of them."""
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
+    one = launch(tmp_path / "one", sys.executable, specs=JUDGED)
+    configuration = str(for_two_cpus("ddp", tmp_path))
+    two = launch(tmp_path / "two", *accelerate, "--config_file", configuration, specs=JUDGED)
+    for spec, alone, together in zip(JUDGED, one, two, strict=True):
+        assert together["processes"] == 2
+        assert together["verdicts"] == together["verdicts_of_the_other"] == alone["verdicts"], spec
+        assert len(alone["verdicts"]["by_row"]) > 4
+        for name in ("loss", "kl", "kl_weight"):
+            assert together[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-6), (spec, name)
 
 
 @pytest.mark.slow

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import accelerate.state
 import conftest
-from accelerate.utils import DistributedType
-from training import lora, losses, make
+from accelerate.utils import DistributedType, gather_object
+from judging import Judge
+from training import lora, losses, make, rows
+
+from safeshape.onpolicy import OnPolicy
 
 SHARDED = os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
@@ -27,15 +30,20 @@ def allow_sharding_on_a_cpu():
 
 def run(folder, spec, processes):
     settings = {"optim": "sgd", "max_steps": 3, "per_device_train_batch_size": 4 // processes}
+    options = {"peft_config": lora()} if spec["lora"] else {}
+    if "every" in spec:
+        options["on_policy"] = OnPolicy(judge=Judge(), every=spec["every"], wait_s=60.0, max_new_tokens=8)
+        options["data"] = [{"messages": row["messages"]} for row in rows()]
     trainer = make(
         folder,
         conftest.byte_bpe(),
         policy=spec["policy"],
         reference=spec["reference"],
         settings=settings,
-        **({"peft_config": lora()} if spec["lora"] else {}),
+        **options,
     )
     trainer.train()
+    states = [None] if trainer.critic is None else gather_object([trainer.critic.state()])
     entries = [entry for entry in trainer.state.log_history if "kl" in entry]
     return {
         "loss": losses(trainer),
@@ -45,6 +53,8 @@ def run(folder, spec, processes):
         "processes": trainer.accelerator.num_processes,
         "wrapped": type(trainer.model_wrapped).__name__,
         "head": trainer.loss_head,
+        "verdicts": states[0],
+        "verdicts_of_the_other": states[-1],
         "shards": len(trainer.reference.cache.shards) if spec["reference"] == "cached" else None,
     }
 
