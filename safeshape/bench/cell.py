@@ -186,4 +186,3 @@ def _axes(cell: Cell) -> dict[str, float | str]:
     if "kl" in cell.defence:
         plain["kl"] = float(cell.defence["kl"])
     return plain
-

@@ -199,4 +199,3 @@ def training(cell: Cell, given: Mapping[str, Any], folder: Path) -> SFTConfig:
         use_cpu=True,
         logging_strategy="epoch",
     )
-
