@@ -7,13 +7,16 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 # verb -> (what it does, module whose `main(argv)` returns what to print); only the verb that runs is imported.
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("watch an aligned model lose its safety and keep it, offline, in minutes", "safeshape.verbs.demo"),
     "train": ("fine-tune your model on your data with a safety policy", "safeshape.verbs.train"),
     "score": ("score every partial answer of a dataset with a guard", "safeshape.verbs.score"),
+    "eval": ("measure safety and ability of a model on public suites or your own", "safeshape.verbs.eval"),
     "report": ("turn results into tables, figures, a page and a safety card", "safeshape.verbs.report"),
+    "attack": ("poison fine-tuning data or attack prompts, to test a defence", "safeshape.verbs.attack"),
     "world": ("list or rebuild the embedded world's models", "safeshape.verbs.world"),
 }
 
@@ -43,6 +46,8 @@ def told() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if not {"", str(Path.cwd())} & set(sys.path):
+        sys.path.append(str(Path.cwd()))  # a user's own module:function lies where the command is run
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2

@@ -5,14 +5,13 @@ cross-entropy and the divergence from the frozen reference by them. A user's own
 form: `def mine(p_safe_BT, *, batch, **parameters) -> Weights`.
 """
 
-import importlib
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 
+from safeshape.config.naming import check_parameters, named
 from safeshape.types import Divergence, Weights
 
 
@@ -170,17 +169,12 @@ def resolve_policy(spec: str | Mapping[str, Any] | PolicyFunction) -> Policy:
     Errors: ValueError that names the unknown policy, parameter or value.
     """
     parameters = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
-    named = parameters.pop("name", "")
-    name, function = (f"{named.__module__}:{named.__qualname__}", named) if callable(named) else _named(named)
+    given = parameters.pop("name", "")
+    name = f"{given.__module__}:{given.__qualname__}" if callable(given) else given
+    function: PolicyFunction = given if callable(given) else named(given, POLICIES, "policy")
     divergence: Any = parameters.pop("divergence", "forward" if name in FORWARD_KL else "reverse")
     _one_of("divergence", divergence, get_args(Divergence))
-    known = {k: p for k, p in inspect.signature(function).parameters.items() if k not in ("p_safe_BT", "batch")}
-    for key, value in parameters.items():
-        if key not in known:
-            raise ValueError(f"policy {name!r} has no parameter {key!r}; it has: {', '.join(known) or 'none'}")
-        default = known[key].default
-        if isinstance(default, float) and isinstance(value, bool | str | None):
-            raise ValueError(f"policy {name!r}: parameter {key!r} must be a number, got {value!r}")
+    check_parameters(function, parameters, f"policy {name!r}", given=("p_safe_BT", "batch"))
     shipped = name in POLICIES
     policy = Policy(
         name=name,
@@ -195,21 +189,6 @@ def resolve_policy(spec: str | Mapping[str, Any] | PolicyFunction) -> Policy:
         one = torch.ones(1, 1)
         policy(one, Batch(answer_p_safe_BT=one, position_BT=one.long(), log_ratio_BT=0 * one, batch_risk=0.0))
     return policy
-
-
-def _named(name: object) -> tuple[str, PolicyFunction]:
-    if not isinstance(name, str):
-        raise ValueError(f"a policy's name must be a string or a function, got {name!r}")
-    if name in POLICIES:
-        return name, POLICIES[name]
-    module, _, function = name.partition(":")
-    if not function:
-        raise ValueError(f"unknown policy {name!r}; known: {', '.join(POLICIES)}, or your own as module:function")
-    try:
-        found: PolicyFunction = vars(importlib.import_module(module))[function]
-    except (ImportError, KeyError) as error:
-        raise ValueError(f"cannot import policy {name!r}: {error}") from error
-    return name, found
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:

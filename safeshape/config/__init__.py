@@ -3,6 +3,7 @@
 Nothing heavy is imported here: `--help` must answer at once.
 """
 
+from safeshape.config.attack import AttackConfig
 from safeshape.config.demo import DemoConfig
 from safeshape.config.parser import first_problem, option, parse, parser_for, read_yaml, unknown_key, validated
 from safeshape.config.report import ReportConfig
@@ -14,6 +15,7 @@ from safeshape.config.train import TrainConfig
 from safeshape.config.world import WorldConfig
 
 __all__ = [
+    "AttackConfig",
     "DemoConfig",
     "ReportConfig",
     "ScoreCalibrateConfig",

@@ -44,6 +44,8 @@ def parser_for(config: type[Any], verb: str) -> Parser:
             options |= {"nargs": "?", "default": None}  # argparse would check a suppressed default against the choices
         else:
             options["metavar"] = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
+        if kind is bool:  # argparse would take any text for true; pydantic reads it. The bare flag is true.
+            kind, options = str, options | {"nargs": "?", "const": "true"}
         parser.add_argument(
             name,
             type=kind,
