@@ -1,6 +1,6 @@
 """Loading models, the frozen reference, the head of the policy, and batched generation."""
 
-from safeshape.models.generation import generate
+from safeshape.models.generation import Sampling, generate, generate_batches
 from safeshape.models.head import Head, add_shaped_forward, project, read_head
 from safeshape.models.loading import evaluation_mode, load
 from safeshape.models.reference import (
@@ -21,11 +21,13 @@ __all__ = [
     "Frozen",
     "Head",
     "Reference",
+    "Sampling",
     "StateCache",
     "add_shaped_forward",
     "choose_reference",
     "evaluation_mode",
     "generate",
+    "generate_batches",
     "load",
     "make_reference",
     "project",
