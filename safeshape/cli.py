@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "eval": ("measure safety and ability of a model on public suites or your own", "safeshape.verbs.eval"),
     "report": ("turn results into tables, figures, a page and a safety card", "safeshape.verbs.report"),
     "attack": ("poison fine-tuning data or attack prompts, to test a defence", "safeshape.verbs.attack"),
+    "judge": ("rate the harm of every answer from 1 to 5 with a judge", "safeshape.verbs.judge"),
     "world": ("list or rebuild the embedded world's models", "safeshape.verbs.world"),
 }
 

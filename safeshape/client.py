@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from types import TracebackType
@@ -34,10 +34,14 @@ _GONE_AFTER = 20  # requests in a row without any connection, each tried again: 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What came of one request: the server's JSON as `data`, or the reason of the failure as `error`; never both."""
+    """What came of one request: the server's JSON as `data`, or the reason of the failure as `error`; never both.
+
+    `code`: the HTTP status of the failure, where one came.
+    """
 
     data: dict[str, Any] | None = None
     error: str | None = None
+    code: int | None = field(default=None, compare=False)
 
 
 @dataclass(kw_only=True)
@@ -102,6 +106,7 @@ class Client:
         self.counters = Counters()
         self._random = random.Random(seed)
         self._in_a_row = 0
+        self._closed, self._door = False, threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="client", daemon=True)
         self._thread.start()
@@ -142,9 +147,12 @@ class Client:
     def submit(self, endpoint: Endpoint, request: Request) -> "Future[Reply]":
         """Start one request; the future holds its reply. `request`: the body without `model`.
 
-        Errors, from the future: ValueError for what no other request could mend.
+        Errors: ValueError once the client is closed; from the future, ValueError for what no other request could mend.
         """
-        return asyncio.run_coroutine_threadsafe(self._one(endpoint, request), self._loop)
+        with self._door:  # what is let in before the door closes is given up in `_close`, not forgotten
+            if self._closed:
+                raise ValueError(f"the client of {self.url} is closed")
+            return asyncio.run_coroutine_threadsafe(self._one(endpoint, request), self._loop)
 
     def stream(
         self, endpoint: Endpoint, requests: Iterable[tuple[T, Request | None]], *, ahead: int | None = None
@@ -193,7 +201,7 @@ class Client:
                 self._in_a_row = self._in_a_row + 1 if failure.offline else 0
                 if self._in_a_row >= _GONE_AFTER:
                     raise ValueError(f"the server at {self.url} has gone: {words}") from failure
-                return Reply(error=words)
+                return Reply(error=words, code=failure.code)
         self._in_a_row = 0
         usage = data.get("usage") or {}
         self.counters.prompt_tokens += int(usage.get("prompt_tokens") or 0)
@@ -254,7 +262,9 @@ class Client:
 
     def close(self) -> None:
         """Give up what is under way and close the connections."""
-        if self._thread.is_alive():
+        with self._door:
+            first, self._closed = not self._closed, True
+        if first:
             self._run(self._close())
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()

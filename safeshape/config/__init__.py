@@ -5,6 +5,8 @@ Nothing heavy is imported here: `--help` must answer at once.
 
 from safeshape.config.attack import AttackConfig
 from safeshape.config.demo import DemoConfig
+from safeshape.config.judge import JudgeConfig
+from safeshape.config.judge_validate import JudgeValidateConfig
 from safeshape.config.parser import first_problem, option, parse, parser_for, read_yaml, unknown_key, validated
 from safeshape.config.report import ReportConfig
 from safeshape.config.score import ScoreConfig
@@ -18,6 +20,8 @@ __all__ = [
     "AttackConfig",
     "DemoConfig",
     "ReportConfig",
+    "JudgeConfig",
+    "JudgeValidateConfig",
     "ScoreCalibrateConfig",
     "ScoreConfig",
     "ScoreExportConfig",
