@@ -5,6 +5,7 @@ Nothing heavy is imported here: `--help` must answer at once.
 
 from safeshape.config.attack import AttackConfig
 from safeshape.config.demo import DemoConfig
+from safeshape.config.eval import EvalConfig
 from safeshape.config.judge import JudgeConfig
 from safeshape.config.judge_validate import JudgeValidateConfig
 from safeshape.config.parser import first_problem, option, parse, parser_for, read_yaml, unknown_key, validated
@@ -20,6 +21,7 @@ __all__ = [
     "AttackConfig",
     "DemoConfig",
     "ReportConfig",
+    "EvalConfig",
     "JudgeConfig",
     "JudgeValidateConfig",
     "ScoreCalibrateConfig",
