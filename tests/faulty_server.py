@@ -20,6 +20,17 @@ def plain_answer(body: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def chat_answer(body: dict[str, Any], text: Any, **choice: Any) -> dict[str, Any]:
+    """A chat completion that says `text`."""
+    message = {"role": "assistant", "content": text}
+    return {
+        "object": "chat.completion",
+        "model": body["model"],
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop", **choice}],
+        "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
+    }
+
+
 class Faulty(ThreadingHTTPServer):
     """`faults`: what goes wrong with the next requests, in order; then everything goes well.
 
@@ -89,6 +100,11 @@ class Handler(BaseHTTPRequestHandler):
         if kind.isdigit():
             headers = {"Retry-After": detail} if detail else {}
             self.send(int(kind), {"error": {"message": f"injected {kind}, key sk-secret"}}, **headers)
+        elif kind == "no-schema":  # a server that knows no structured output
+            if "response_format" in body:
+                self.send(int(detail or 400), {"error": {"message": "'response_format' of this type is unavailable"}})
+            else:
+                self.send(200, answer)
         elif kind == "hang":
             time.sleep(float(detail))
             self.send(200, answer)

@@ -15,7 +15,7 @@ SERVE = """
 import sys, threading, xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path, params.model_alias = sys.argv[1], {sys.argv[2]}
-params.n_parallel, params.n_ctx, params.port, params.warmup, params.fit_params = 4, 4096, 0, False, False
+params.n_parallel, params.n_ctx, params.port, params.warmup, params.fit_params = 4, int(sys.argv[3]), 0, False, False
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
 params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -82,11 +82,11 @@ def _interleaved(weight, heads):
 
 
 @contextlib.contextmanager
-def llama_server(folder: Path, scratch: Path) -> Iterator[str]:
-    """The address of a running server of the model in `folder`."""
+def llama_server(folder: Path, scratch: Path, *, context: int = 4096) -> Iterator[str]:
+    """The address of a running server of the model in `folder`. `context`: tokens that its four slots share."""
     write_gguf(folder, scratch / "model.gguf")
     with (scratch / "server.log").open("w") as log:
-        command = [sys.executable, "-c", SERVE, str(scratch / "model.gguf"), NAME]
+        command = [sys.executable, "-c", SERVE, str(scratch / "model.gguf"), NAME, str(context)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True) as process:
             try:
                 address = next((line.strip() for line in process.stdout if line.startswith("http")), None)

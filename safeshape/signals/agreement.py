@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.exceptions import UndefinedMetricWarning
-from sklearn.metrics import cohen_kappa_score, confusion_matrix
+from sklearn.metrics import confusion_matrix
 
 from safeshape.signals.rubric import CATEGORIES, NONE, SCORES
 from safeshape.stats import bootstrap, wilson
@@ -24,7 +23,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Label:
-    """What is true of a row. `score`: 1 to 5, None where labels say only unsafe or not. `category`: None if not known."""
+    """What is true of a row. `score`: 1 to 5, None where labels say only unsafe or not. `category`: None if unknown."""
 
     unsafe: bool
     score: int | None = None
@@ -53,25 +52,33 @@ def _estimate(statistic: Callable[[Ints], float], rows: int, *, resamples: int, 
     return {**{name: None if math.isnan(x) else float(x) for name, x in numbers.items()}, "n": rows}
 
 
-def _kappa(one_R: Ints, other_R: Ints, labels: Sequence[int], weights: str | None, **drawing: int) -> dict[str, Any]:
-    """Cohen's kappa; none where both sides say the same of every row."""
+def kappa(one_R: Ints, other_R: Ints, labels: Sequence[int], *, quadratic: bool = False) -> float:
+    """Cohen's kappa of two ratings; NaN where both sides say the same of every row.
 
+    By its definition, because the bootstrap asks a thousand times: sklearn's `cohen_kappa_score` is the same number, 50
+    times slower. `labels`: the ratings there are, ascending and one apart. Source: Cohen 1960 and, for weights, 1968.
+    """
+    number = len(labels)
+    cells_R = (one_R - labels[0]) * number + other_R - labels[0]
+    found_KK = np.bincount(cells_R, minlength=number**2).reshape(number, number).astype(float)
+    chance_KK = np.outer(found_KK.sum(1), found_KK.sum(0)) / max(found_KK.sum(), 1)
+    apart_KK = np.abs(np.subtract.outer(np.arange(number), np.arange(number)))
+    weight_KK = apart_KK**2 if quadratic else apart_KK > 0
+    expected = (weight_KK * chance_KK).sum()
+    return float(1 - (weight_KK * found_KK).sum() / expected) if expected else math.nan
+
+
+def _kappa(
+    one_R: Ints, other_R: Ints, labels: Sequence[int], *, resamples: int, seed: int, quadratic: bool = False
+) -> dict[str, Any]:
     def statistic(rows_R: Ints) -> float:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UndefinedMetricWarning)
-            warnings.simplefilter("ignore", RuntimeWarning)
-            return float(cohen_kappa_score(one_R[rows_R], other_R[rows_R], labels=labels, weights=weights))
+        return kappa(one_R[rows_R], other_R[rows_R], labels, quadratic=quadratic)
 
-    return _estimate(statistic, len(one_R), resamples=drawing["resamples"], seed=drawing["seed"])
+    return _estimate(statistic, len(one_R), resamples=resamples, seed=seed)
 
 
-def _mean(values_R: NDArray[Any], **drawing: int) -> dict[str, Any]:
-    return _estimate(
-        lambda rows_R: float(values_R[rows_R].mean()),
-        len(values_R),
-        resamples=drawing["resamples"],
-        seed=drawing["seed"],
-    )
+def _mean(values_R: NDArray[Any], *, resamples: int, seed: int) -> dict[str, Any]:
+    return _estimate(lambda rows_R: float(values_R[rows_R].mean()), len(values_R), resamples=resamples, seed=seed)
 
 
 def _scores(judgements: Iterable[Judgement]) -> Ints:
@@ -90,7 +97,6 @@ def agreement(
     said_R = _scores(judgement for judgement, _ in pairs)
     flagged_R = said_R >= threshold
     unsafe_R = np.array([label.unsafe for _, label in pairs], dtype=bool)
-    drawing = {"resamples": resamples, "seed": seed}
     found = {
         "failed": share(judgement.score is None for judgement in judgements),
         "threshold": threshold,
@@ -105,14 +111,14 @@ def agreement(
         "recall": share(flagged_R[unsafe_R].tolist()),
         "false_negative": share((~flagged_R[unsafe_R]).tolist()),
         "false_positive": share(flagged_R[~unsafe_R].tolist()),
-        "kappa": _kappa(flagged_R.astype(np.int64), unsafe_R.astype(np.int64), (0, 1), None, **drawing),
+        "kappa": _kappa(flagged_R.astype(np.int64), unsafe_R.astype(np.int64), (0, 1), resamples=resamples, seed=seed),
     }
     if all(label.score is not None for _, label in pairs):
         true_R = np.array([label.score for _, label in pairs], dtype=np.int64)
         found["scores"] = {
             "exact": share((said_R == true_R).tolist()),
-            "kappa_quadratic": _kappa(said_R, true_R, SCORES, "quadratic", **drawing),
-            "mean_difference": _mean(said_R - true_R, **drawing),
+            "kappa_quadratic": _kappa(said_R, true_R, SCORES, resamples=resamples, seed=seed, quadratic=True),
+            "mean_difference": _mean(said_R - true_R, resamples=resamples, seed=seed),
             "counts": confusion_matrix(true_R, said_R, labels=list(SCORES)).tolist() if pairs else None,
         }
     if all(label.category is not None for _, label in pairs):
@@ -155,16 +161,17 @@ def disagreement(
     places = [at for at, (a, b) in enumerate(zip(one, other, strict=True)) if None not in (a.score, b.score)]
     one_R, other_R = _scores(one[at] for at in places), _scores(other[at] for at in places)
     flags_one_R, flags_other_R = one_R >= threshold, other_R >= threshold
-    drawing = {"resamples": resamples, "seed": seed}
     found = {
         "failed": share(None in (a.score, b.score) for a, b in zip(one, other, strict=True)),
         "verdicts": share((one_R != other_R).tolist()),
         "decisions": share((flags_one_R != flags_other_R).tolist()),
         "categories": share(one[at].category != other[at].category for at in places),
-        "distance": _mean(np.abs(one_R - other_R), **drawing),
-        "difference": _mean(other_R - one_R, **drawing),
-        "kappa": _kappa(flags_one_R.astype(np.int64), flags_other_R.astype(np.int64), (0, 1), None, **drawing),
-        "kappa_quadratic": _kappa(one_R, other_R, SCORES, "quadratic", **drawing),
+        "distance": _mean(np.abs(one_R - other_R), resamples=resamples, seed=seed),
+        "difference": _mean(other_R - one_R, resamples=resamples, seed=seed),
+        "kappa": _kappa(
+            flags_one_R.astype(np.int64), flags_other_R.astype(np.int64), (0, 1), resamples=resamples, seed=seed
+        ),
+        "kappa_quadratic": _kappa(one_R, other_R, SCORES, resamples=resamples, seed=seed, quadratic=True),
     }
     if labels is not None:
         unsafe_R = np.array([labels[at].unsafe for at in places], dtype=bool)

@@ -120,9 +120,15 @@ class InProcess:
                     found.set_exception(error)
 
     def _answers(self, prompts: Sequence[list[int]]) -> list[Answer]:
-        """Greedy answers to token lists."""
-        if not prompts:
-            return []
+        """Greedy answers to token lists; one by one where they outgrow the device's memory together."""
+        try:
+            return self._generated(prompts) if prompts else []
+        except torch.OutOfMemoryError:
+            if len(prompts) == 1:
+                return [Answer(error="the conversation is too long for the memory of the device")]
+            return [answer for ids in prompts for answer in self._answers([ids])]
+
+    def _generated(self, prompts: Sequence[list[int]]) -> list[Answer]:
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
         pad = self.tokenizer.pad_token_id

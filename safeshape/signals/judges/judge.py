@@ -245,7 +245,7 @@ class Judge:
         if self._cases.get(case.key) is case:
             del self._cases[case.key]
         for future in case.waiting:
-            if isinstance(error, CancelledError):
+            if isinstance(error, CancelledError) or self._closed:
                 future.cancel()
             elif future.set_running_or_notify_cancel():
                 future.set_exception(error)
