@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RUNS = {
+    "attacks": "--size 20 --held_out 10 --epochs 1 --only trigger",
     "head": "--vocab 512 --tokens 16 --hidden 8 --repeats 1 --methods dense trl --no-memory",
     "train": "--vocab 512 --length 16 --batch 2 --steps 2 --rounds 1 --no-memory --methods sft cached adapter_off copy "
     "paper trl",

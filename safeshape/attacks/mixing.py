@@ -108,7 +108,9 @@ def plan(
 
 def _largest(rows: Mapping[str, int], ratio: float, safe_ratio: float, poison_pool: str, carriers: int) -> int:
     """The largest size that the pools can give; 1 where there is none, which then says why."""
-    bounds = [int(rows[pool] / share) + 2 for pool, share in ((poison_pool, ratio), ("safe", safe_ratio)) if share]
+    bounds = [
+        int((rows[pool] + 0.5) / share) + 1 for pool, share in ((poison_pool, ratio), ("safe", safe_ratio)) if share
+    ]
     for size in range(min([sum(rows.values()), *bounds]), 0, -1):
         try:
             counts = counts_of(size, ratio, safe_ratio)
