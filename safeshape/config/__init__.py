@@ -4,6 +4,7 @@ Nothing heavy is imported here: `--help` must answer at once.
 """
 
 from safeshape.config.demo import DemoConfig
+from safeshape.config.eval_theorem import EvalTheoremConfig
 from safeshape.config.parser import first_problem, option, parse, parser_for, read_yaml, unknown_key, validated
 from safeshape.config.report import ReportConfig
 from safeshape.config.score import ScoreConfig
@@ -15,6 +16,7 @@ from safeshape.config.world import WorldConfig
 
 __all__ = [
     "DemoConfig",
+    "EvalTheoremConfig",
     "ReportConfig",
     "ScoreCalibrateConfig",
     "ScoreConfig",
