@@ -8,6 +8,7 @@ from safeshape.config.demo import DemoConfig
 from safeshape.config.eval import EvalConfig
 from safeshape.config.judge import JudgeConfig
 from safeshape.config.judge_validate import JudgeValidateConfig
+from safeshape.config.eval_theorem import EvalTheoremConfig
 from safeshape.config.parser import first_problem, option, parse, parser_for, read_yaml, unknown_key, validated
 from safeshape.config.report import ReportConfig
 from safeshape.config.score import ScoreConfig
@@ -20,6 +21,7 @@ from safeshape.config.world import WorldConfig
 __all__ = [
     "AttackConfig",
     "DemoConfig",
+    "EvalTheoremConfig",
     "ReportConfig",
     "EvalConfig",
     "JudgeConfig",

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -45,25 +46,28 @@ def read(places: Sequence[str]) -> tuple[list[Row], list[PromptOutcomes], list[P
 def figures_of(rows: Sequence[Row], grid: Grid, config: ReportConfig) -> tuple[dict[str, Figure], list[str]]:
     """Every figure that the rows allow, by what it shows; and a sentence for each that was passed over."""
     text = WORLD_NOTE if grid.world else ""
-    found: dict[str, Figure] = {}
-    skipped: list[str] = []
-    for metric, about, chosen in _radars(rows):
-        found[f"{metric} by category{about}"] = radar_figure(chosen, metric, text)
     safety = [metric for metric in config.safety if metric in grid.metrics]
+    utility = [metric for metric in config.utility if metric in grid.metrics]
+    shown = list(dict.fromkeys([*safety, *utility]))
+    drawings: dict[str, Callable[[], Figure]] = {}
+    for metric, about, chosen in _radars(rows):
+        drawings[f"{metric} by category{about}"] = partial(radar_figure, chosen, metric, text)
     for setting in varying(grid):
         for metric in safety:
-            found[f"{metric} against {setting}"] = curve_figure(grid, metric, setting, text=text)
+            drawings[f"{metric} against {setting}"] = partial(curve_figure, grid, metric, setting, text=text)
     for metric in safety:
-        for utility in config.utility:
-            if utility in grid.metrics:
-                found[f"{metric} against {utility}"] = scatter_figure(grid, metric, utility, text)
-    shown = [metric for metric in (*safety, *config.utility) if metric in grid.metrics]
+        for other in utility:
+            drawings[f"{metric} against {other}"] = partial(scatter_figure, grid, metric, other, text)
     for by in PANELS:
         if shown and len({part_of(key, by) for key in grid.keys} - {""}) > 1:
-            try:
-                found[f"by {by}"] = panel_figure(grid, shown, by, text)
-            except ValueError as error:
-                skipped.append(f"no panels by {by}: {error}")
+            drawings[f"{' and '.join(shown)} by {by}"] = partial(panel_figure, grid, shown, by, text)
+    found: dict[str, Figure] = {}
+    skipped: list[str] = []
+    for name, draw in drawings.items():
+        try:
+            found[name] = draw()
+        except ValueError as error:  # rows may allow a table without allowing every figure
+            skipped.append(f"Not drawn: {name}, because {error}")
     return found, skipped
 
 

@@ -74,7 +74,8 @@ def curve_figure(grid: Grid, metric: str, setting: str, *, logarithmic: bool | N
             y, lengths = whiskers([grid.cells[key, metric] for key in keys], SCALE[unit])
             x = [stretch * float(dict(key.settings)[setting]) for key in keys]
             axis.errorbar(x, y, yerr=lengths, label=name, capsize=3, linewidth=1.8, **style(names.index(name)))
-        axis.set(title=_title(attack, model, panels), xlabel=_NAMES.get(setting, plain(setting.replace("_", " "))))
+        axis.set_title(_title(attack, model, panels), fontsize="medium")
+        axis.set_xlabel(_NAMES.get(setting, plain(setting.replace("_", " "))))
         if logarithmic:
             axis.set_xscale("log")
         if setting == "chunk":
@@ -106,17 +107,21 @@ def scatter_figure(grid: Grid, safety: str, utility: str, text: str = "") -> Fig
     keys = [key for key in grid.keys if (key, safety) in grid.cells and (key, utility) in grid.cells]
     if not keys:
         raise ValueError(f"no line of the table has both {safety!r} and {utility!r}")
-    panels = list(dict.fromkeys((key.attack, key.model) for key in keys))
+    every = list(dict.fromkeys((key.attack, key.model) for key in keys))
+    # What was not attacked is the state before, and stands in the panels of the attacks on the same model.
+    attacked = {model for attack, model in every if attack != "none"}
+    panels = [(attack, model) for attack, model in every if attack != "none" or model not in attacked]
     names = list(dict.fromkeys(key.defence for key in keys))
     figure, axes = _panels(len(panels))
     for axis, (attack, model) in zip(axes, panels, strict=True):
         for key in keys:
-            if (key.attack, key.model) == (attack, model):
+            if key.model == model and key.attack in (attack, "none"):
                 x, across = whiskers([grid.cells[key, utility]], SCALE[grid.units[utility]])
                 y, along = whiskers([grid.cells[key, safety]], SCALE[grid.units[safety]])
                 look = {**style(names.index(key.defence)), "linestyle": "", "markersize": 8, "capsize": 3}
                 axis.errorbar(x, y, xerr=across, yerr=along, label=plain(key.defence), **look)
-        axis.set(title=_title(attack, model, panels), xlabel=axis_title(utility, grid.units[utility]))
+        axis.set_title(_title(attack, model, panels), fontsize="medium")
+        axis.set_xlabel(axis_title(utility, grid.units[utility]))
         _finish(axis, limits(grid.units[safety]), limits(grid.units[utility]))
     axes[0].set_ylabel(axis_title(safety, grid.units[safety]))
     _legend(figure, axes, text)

@@ -60,16 +60,20 @@ def radar_figure(rows: Sequence[Row], metric: str, text: str = "") -> Figure:
         axis.plot([*turned, turned[0]], [*values, values[0]], linewidth=2, markersize=5, label=label, **look)
         axis.fill([*turned, turned[0]], [*values, values[0]], color=look["color"], alpha=0.1, linewidth=0)
         axis.errorbar(turned, values, yerr=lengths, fmt="none", ecolor=look["color"], elinewidth=1.2, capsize=2)
-    axis.set_xticks(angles, [plain(name).replace(" and ", " and\n") for name in categories])
-    axis.tick_params(axis="x", pad=16)
     axis.set_theta_offset(math.pi / 2)
     axis.set_theta_direction(-1)
-    low, high = {"percent": (0.0, 100.0), "harm": (1.0, 5.0)}.get(unit, (None, None))
-    if low is not None:
-        axis.set_ylim(low, high)
+    names = axis.set_xticks(angles, [plain(name).replace(" and ", " and\n") for name in categories])
+    for angle, tick in zip(angles, names, strict=True):
+        side = math.sin(angle)  # names on the right begin at the circle, those on the left end there
+        tick.label1.set_horizontalalignment("center" if abs(side) < 0.2 else "left" if side > 0 else "right")
+    axis.tick_params(axis="x", pad=8)
+    ticks = {"percent": (0.0, 25.0, 50.0, 75.0, 100.0), "harm": (1.0, 2.0, 3.0, 4.0, 5.0)}.get(unit)
+    if ticks is not None:
+        axis.set_ylim(ticks[0], ticks[-1])
+        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks], fontsize="small", color="#555555")
     axis.set_rlabel_position(180 / size)
-    axis.set_title(axis_title(metric, unit), pad=24)
+    axis.set_title(axis_title(metric, unit), pad=14, fontsize="medium")
     axis.grid(alpha=0.35)
-    figure.legend(loc="outside lower center", ncols=min(2, len(found)), frameon=False, fontsize="small")
+    figure.legend(loc="outside upper center", ncols=min(2, len(found)), frameon=False, fontsize="small")
     note(figure, text)
     return figure
