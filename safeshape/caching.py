@@ -25,7 +25,7 @@ from safeshape.data import example_risk
 from safeshape.models.head import Head, head_settings, read_head
 from safeshape.models.reference import States, causal_model
 from safeshape.models.states import SHARD_BYTES, Shard, StateCache, batches_by_length
-from safeshape.types import IGNORE
+from safeshape.types import IGNORE, MicroBatch
 
 logger = logging.getLogger("safeshape")
 BATCH_TOKENS = 4096  # of one forward while the states are written
@@ -159,13 +159,13 @@ def fill(
     cache: StateCache,
     datasets: Sequence[Dataset],
     *,
-    collate: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
-    run: Callable[[Mapping[str, Any]], tuple[torch.Tensor, States]],
+    collate: Callable[[list[dict[str, Any]]], MicroBatch],
+    read: Callable[[MicroBatch], States],
     accelerator: Accelerator,
 ) -> None:
     """Compute and store the shards that are missing, shared out among the processes.
 
-    `run`: a collated batch to its places (N,) and states. Every process makes the same number of calls, as sharded
+    `read`: the reference's states of a batch. Every process makes the same number of calls, as sharded
     models need. Errors: OSError when a shard is not there afterwards (the folder must be one that all processes see).
     """
     data = concatenate_datasets(list(datasets))
@@ -180,10 +180,10 @@ def fill(
     shares = [missing[rank :: accelerator.num_processes] for rank in range(accelerator.num_processes)]
     calls = max(sum(len(plans[shard.number]) for shard in share) for share in shares)
     for shard in shares[accelerator.process_index]:
-        cache.write(shard, *_states(cache, shard, plans[shard.number], data, collate, run))
+        cache.write(shard, *_states(cache, shard, plans[shard.number], data, collate, read))
         calls -= len(plans[shard.number])
     for _ in range(calls):
-        run(collate([data[0]]))
+        read(collate([data[0]]))
     accelerator.wait_for_everyone()
     if cache.missing():
         raise OSError(
@@ -196,14 +196,16 @@ def _states(
     shard: Shard,
     plan: list[list[int]],
     data: Dataset,
-    collate: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
-    run: Callable[[Mapping[str, Any]], tuple[torch.Tensor, States]],
+    collate: Callable[[list[dict[str, Any]]], MicroBatch],
+    read: Callable[[MicroBatch], States],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     tokens = shard.end - shard.start
     states_NH, read_N, beside = torch.zeros(tokens, cache.hidden, dtype=cache.dtype), torch.zeros(tokens), False
     for rows in plan:
-        places_N, found = run(collate([data[row] for row in rows]))
-        here_N = places_N.cpu() - shard.start
+        batch = collate([data[row] for row in rows])
+        if batch.cache_index_N is None:
+            raise ValueError("the data carries no places in the store")
+        found, here_N = read(batch), batch.cache_index_N.cpu() - shard.start
         states_NH[here_N] = found.hidden_NH.detach().to(cache.dtype).cpu()
         if found.read_N is not None:
             read_N[here_N], beside = found.read_N.detach().float().cpu(), True

@@ -207,6 +207,7 @@ _BESIDE_LABELS = {
     "p_safe": (0, torch.float32),
     "answer_p_safe": (0, torch.float32),
     "cache_index": (-1, torch.int64),
+    "row_index": (-1, torch.int64),
 }
 
 
@@ -245,6 +246,29 @@ def micro_batch(inputs: Mapping[str, Any]) -> MicroBatch:
         cache_index_N=None if index_BT is None else index_BT[counted_BT],
         begins_BL=_begins(inputs),
     )
+
+
+def tokens_seen(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """How many tokens of a collated batch are no padding, as TRL counts them."""
+    if "attention_mask" in batch:
+        return batch["attention_mask"].sum()
+    return batch["position_ids"].new_tensor(batch["position_ids"].numel())
+
+
+def last_turns(batch: Mapping[str, torch.Tensor]) -> list[tuple[int, int, int]]:
+    """(row, begin, end) of the last turn of each example of a collated batch that has response tokens."""
+    return [(row, end, last) for row, _, end, last in prompt_spans(batch["labels"], _begins(batch))]
+
+
+def prompt_ids(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens before a row's last answer, as they stand in the row that is trained on.
+
+    Errors: ValueError as in `render`.
+    """
+    rendered = render(row, tokenizer)
+    ids, offsets = encode(rendered, tokenizer)
+    begin = rendered.turns[-1].start
+    return ids[: next(index for index, (start, end) in enumerate(offsets) if start >= begin and end > start)]
 
 
 def prompt_spans(labels_BL: torch.Tensor, begins_BL: torch.Tensor) -> list[tuple[int, int, int, int]]:

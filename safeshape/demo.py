@@ -66,7 +66,7 @@ def score_user_data(config: DemoConfig, progress: Progress) -> dict[str, Dataset
     star = score_dataset(plain, guard.score_many, progress=lambda d, t: progress("guard scores every chunk", d, t))
     model, tokenizer = load(world.path(config.family))
     prompts, labels = world_data.probe_data(size=1000, seed=config.seed)
-    probe = Probe.fit(prompts, labels, model=model, tokenizer=tokenizer, layers=PROBE_LAYERS)
+    probe = Probe.fit(prompts, labels, model=model, tokenizer=tokenizer, layers=PROBE_LAYERS, C=0.1, calibrate=False)
     probed = score_dataset(plain, probe.score_many, progress=lambda d, t: progress("probe scores prompts", d, t))
     return {"star": star, "probe": probed}
 

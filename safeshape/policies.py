@@ -105,6 +105,21 @@ def adaptive(
     return Weights(ce_BT=1 - beta_BT, kl_BT=beta_BT)
 
 
+def adaptive_weight(
+    p_safe_BT: torch.Tensor,
+    *,
+    batch: Batch,
+    beta_min: float = 0.1,
+    beta_max: float = 0.9,
+    ema: float = 0.0,
+    scope: Literal["example", "batch"] = "example",
+    ramp: Literal["affine", "clamp"] = "affine",
+) -> Weights:
+    """Ablation of adaptive regularisation without its divergence: ce = 1 - beta, kl = 0."""
+    weights = adaptive(p_safe_BT, batch=batch, beta_min=beta_min, beta_max=beta_max, ema=ema, scope=scope, ramp=ramp)
+    return Weights(ce_BT=weights.ce_BT, kl_BT=torch.zeros_like(p_safe_BT))
+
+
 def constrained(
     p_safe_BT: torch.Tensor,
     *,
@@ -138,10 +153,11 @@ POLICIES: dict[str, PolicyFunction] = {
     "star": star,
     "star_weight": star_weight,
     "adaptive": adaptive,
+    "adaptive_weight": adaptive_weight,
     "constrained": constrained,
 }
 FORWARD_KL = frozenset({"fixed_kl", "adaptive"})
-NEEDS_NO_REFERENCE = frozenset({"sft", "rejection", "soft_weight", "star_weight"})
+NEEDS_NO_REFERENCE = frozenset({"sft", "rejection", "soft_weight", "star_weight", "adaptive_weight"})
 NEEDS_NO_SIGNAL = frozenset({"sft", "fixed_kl", "constrained"})
 NEEDS_LOG_RATIO = frozenset({"constrained"})
 

@@ -69,6 +69,7 @@ def run_record(
     data: Mapping[str, Any],
     model: nn.Module,
     state: Mapping[str, Any],
+    on_policy: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of `safeshape.json`. It carries names, counts, hashes and versions, never the data's text."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -76,6 +77,7 @@ def run_record(
         "policy": {"name": policy.name, **policy.parameters, "divergence": policy.divergence},
         "reference": reference,
         "signals": signals,
+        "on_policy": None if on_policy is None else dict(on_policy),
         "data": dict(data),
         "model": base.config._name_or_path if isinstance(base, PreTrainedModel) else type(base).__name__,
         "state": dict(state),
@@ -99,6 +101,19 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def checkpoint_of(resume: str | bool | None, output_dir: str | None) -> str | None:
+    """The checkpoint that `resume` means: a path as it is, True the newest complete one of the output folder.
+
+    Errors: ValueError when there is none.
+    """
+    if isinstance(resume, str) or not resume:
+        return resume or None
+    found = last_complete_checkpoint(Path(output_dir or "."))
+    if found is None:
+        raise ValueError(f"no complete checkpoint to resume from in {output_dir}")
+    return str(found)
+
+
 def check_resume(checkpoint: Path, now: Mapping[str, Any]) -> dict[str, Any]:
     """Compare a checkpoint's record with the run that wants to resume it, and return the checkpoint's state.
 
@@ -108,7 +123,8 @@ def check_resume(checkpoint: Path, now: Mapping[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{checkpoint} holds no {RECORD}; it was not written by SafeTrainer")
     then = json.loads(path.read_text())
-    for name in ("policy", "reference"):
+    then.setdefault("on_policy", None)  # records of version 0.1 do not know it
+    for name in ("policy", "reference", "on_policy"):
         same_start = name == "reference" and {then[name], now[name]} <= _STARTING_MODEL
         if then[name] != now[name] and not same_start:
             raise ValueError(f"cannot resume {checkpoint}: its {name} was {then[name]}, now it is {now[name]}")

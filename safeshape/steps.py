@@ -3,6 +3,7 @@
 Shape suffixes: B rows, T predicted tokens, N response tokens, H hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -179,3 +180,22 @@ def token_sums(step: Step) -> dict[str, torch.Tensor]:
     }
     bins = {f"risk_hist/{b / RISK_BINS:.1f}": (bins_N == b).sum().float() for b in range(RISK_BINS)}
     return {name: value.detach() for name, value in (sums | bins).items()}
+
+
+class TokenMeans:
+    """Token-weighted means of what the steps of each mode ("train", "eval") report, since they were taken last."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
+
+    def add(self, mode: str, step: Step) -> None:
+        """Count one micro-batch."""
+        for name, value in token_sums(step).items():
+            self._sums[mode][name] = self._sums[mode].get(name, 0.0) + value
+
+    def take(self, mode: str, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """The means over all processes, whose sums `reduce` adds up; counting starts anew."""
+        sums = {name: float(reduce(value)) for name, value in self._sums[mode].items()}
+        self._sums[mode] = {}
+        tokens = {name: max(sums.pop(f"{name}tokens", 0.0), 1.0) for name in ("", "ce_", "kl_")}
+        return {name: value / tokens.get(f"{name}_", tokens[""]) for name, value in sums.items()}

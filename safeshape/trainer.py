@@ -4,7 +4,6 @@ Shape suffixes: N response tokens of a micro-batch, H hidden size.
 """
 
 import json
-import logging
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,7 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from safeshape.caching import Numbered, epochs_of, existing_parent, fill, frozen_head, open_cache, stored_risk
 from safeshape.callbacks import GradientFloor, StartAfterSharding
-from safeshape.data import ShapedCollator, example_risk, micro_batch
+from safeshape.data import ShapedCollator, example_risk, micro_batch, tokens_seen
 from safeshape.models import (
     Cached,
     Frozen,
@@ -28,21 +27,20 @@ from safeshape.models import (
     add_shaped_forward,
     choose_reference,
     make_reference,
-    verify_head,
+    settled_head,
     verify_reference,
 )
 from safeshape.models.loading import evaluation_mode
 from safeshape.models.reference import Reader, States, causal_model, refuse_trained_biases, states_of
+from safeshape.onpolicy import OnPolicy, OnPolicyRisk, Smoothed, numbered, refuse_on_policy
 from safeshape.policies import Policy, PolicyFunction, resolve_policy
-from safeshape.provenance import RECORD, check_resume, data_summary, last_complete_checkpoint, run_record, signals_of
+from safeshape.provenance import RECORD, check_resume, checkpoint_of, data_summary, run_record, signals_of
 from safeshape.refusals import refuse_arguments, refuse_model, refuse_probe, refuse_unsupported
 from safeshape.signals.align import COLUMNS, prepare
 from safeshape.signals.online import reader
 from safeshape.signals.probes import Probe
-from safeshape.steps import Objective, Step, dense_step, fused_step, token_sums
+from safeshape.steps import Objective, TokenMeans, dense_step, fused_step
 from safeshape.types import MicroBatch
-
-logger = logging.getLogger("safeshape")
 
 
 class SafeTrainer(SFTTrainer):  # type: ignore[misc]
@@ -50,16 +48,17 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
 
     `policy`: a name, `{"name": ..., parameters}` or a function (see `policies.py`). `reference`: "auto",
     "adapter_off", "copy", "cached" or a model. `probe`: reads the risk of each prompt off the reference's own pass, in
-    place of a `safety` column. `gradient_floor`: updates with a smaller gradient norm are skipped.
-    `overlong`: "refuse" or "truncate" for rows longer than `max_length`. `loss_head`: "fused" (never full logits),
-    "dense", or "auto": fused where the model's output layer can be read. `cache_dir`, `cache_dtype`: where and how
-    exactly "cached" stores the reference's states (default: `_reference_states` in the output folder, the model's
-    precision); the folder stays until you delete it. Only answers are learned; an earlier assistant turn is learned
-    when its message carries a `p_safe`. Packing, padding-free batches and length grouping work as in TRL.
+    place of a `safety` column. `on_policy`: judges the model's own answers while it trains (see `onpolicy.py`).
+    `gradient_floor`: updates with a smaller gradient norm are skipped. `overlong`: "refuse" or "truncate" for rows
+    longer than `max_length`. `loss_head`: "fused" (never full logits), "dense", or "auto": fused where the model's
+    output layer can be read. `cache_dir`, `cache_dtype`: where and how exactly "cached" stores the reference's states
+    (default: `_reference_states` in the output folder, the model's precision); the folder stays until you delete it.
+    Only answers are learned; an earlier assistant turn is learned when its message carries a `p_safe`. Packing,
+    padding-free batches and length grouping work as in TRL.
     Data: `messages`, or `prompt` and `completion`, with a `safety` column where the policy needs one.
     Logged: `ce` and `kl` (unweighted, nats per token, over the tokens with a weight and with a kl weight), `ce_weight`,
-    `kl_weight` (means), `skipped_updates` (share), `risk_hist/*` (share of response tokens), `num_tokens` (all tokens
-    seen, as TRL counts them).
+    `kl_weight` (means), `batch_risk` (of the last update, with scope="batch"), `judge/*` (see `OnPolicyRisk.logged`),
+    `skipped_updates` (share), `risk_hist/*` (share of response tokens), `num_tokens` (all seen, as TRL counts them).
     Errors: ValueError in one sentence for settings that cannot work, naming the row or field for data.
     Source: STAR-DSS, arXiv 2505.17196; adaptive regularisation, arXiv 2602.17546.
     """
@@ -79,6 +78,7 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         policy: str | Mapping[str, Any] | PolicyFunction = "star",
         reference: str | nn.Module = "auto",
         probe: Probe | None = None,
+        on_policy: OnPolicy | None = None,
         gradient_floor: float = 1e-6,
         overlong: str = "refuse",
         loss_head: str = "auto",
@@ -87,7 +87,8 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         self.policy: Policy = resolve_policy(policy)
-        self.probe = probe
+        self.probe, self._on_policy = probe, on_policy
+        self.critic: OnPolicyRisk | None = None
         self.overlong, self.loss_head, self._cache_dtype = overlong, loss_head, cache_dtype
         refuse_arguments(overlong, loss_head, cache_dtype, {**kwargs, "data_collator": data_collator})
         refuse_probe(self.policy, probe is not None)
@@ -98,6 +99,7 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         self._signals = [] if train_dataset is None else signals_of(train_dataset)
         self._data: dict[str, Any] = {}
         self._numbered = Numbered()
+        self.notes: Callable[[], dict[str, Any]] = dict  # what whoever runs this trainer adds to its record
         super().__init__(
             model=model,
             args=args,
@@ -111,6 +113,8 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
     def _set_up(self, reference: str | nn.Module, gradient_floor: float, cache_dir: Path) -> None:
         self._numbered.accepting = False
         refuse_model(self.model, self.aux_loss_enabled, self.accelerator.parallelism_config)
+        if self._sharded and self.critic is not None:
+            raise ValueError("on-policy judging generates answers and needs whole weights in every process; use ddp")
         self.data_collator: Any = ShapedCollator(vars(self)["data_collator"])
         # The loss is divided by N here, so the trainer must count N for every model class.
         self.model_accepts_loss_kwargs = True
@@ -124,8 +128,8 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         self.add_callback(StartAfterSharding(self._start))
         self._started = False
         self._batch_risk = 0.0
-        self._risk_ema: float | None = None
-        self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
+        self.smoothed = Smoothed(ema=float(self.policy.parameters.get("ema", 0.0)))
+        self._means = TokenMeans()
 
     # -- data -----------------------------------------------------------------------------------------------------
 
@@ -140,12 +144,16 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
     ) -> Dataset | IterableDataset:
         if not isinstance(processing_class, PreTrainedTokenizerBase):
             raise ValueError("SafeTrainer trains on text; give a tokenizer as processing_class, not a processor")
-        columns = set(dataset.column_names or [])
+        columns, train = set(dataset.column_names or []), dataset_name == "train"
+        if self._on_policy is not None and train:
+            refuse_on_policy(self.policy, dataset, probe=self.probe is not None, prepared=set(COLUMNS) <= columns)
+            self.critic = OnPolicyRisk(self._on_policy, dataset, processing_class, scored="safety" in columns)
+        scores_come = self.probe is not None or (self.critic is not None and not self.critic.scored)
         if not set(COLUMNS) <= columns:
             dataset = prepare(
                 dataset,
                 processing_class,
-                needs_signal=self.policy.needs_signal and self.probe is None,
+                needs_signal=self.policy.needs_signal and not scores_come,
                 max_length=args.max_length,
                 overlong=self.overlong,
                 name=dataset_name,
@@ -154,6 +162,8 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
             self._data = data_summary(dataset)
         if self.policy.needs_reference and self._numbered.accepting and "cache_index" not in columns:
             dataset = self._numbered.add(dataset)
+        if self.critic is not None and train:
+            dataset = numbered(dataset)
         if packing and "seq_lengths" not in columns:
             options = {"desc": f"Packing {dataset_name} data"} if isinstance(dataset, Dataset) else {}
             if args.shuffle_dataset:
@@ -163,20 +173,20 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self) -> None:
         # Otherwise the trainer drops the weights before the collator sees them.
-        self._signature_columns = [*COLUMNS, "cache_index", "seq_lengths"]
+        self._signature_columns = [*COLUMNS, "cache_index", "row_index", "seq_lengths"]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
         """Collect the micro-batches of one update; the mean risk is over all of them and all ranks."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if samples and self.critic is not None and self.reference is not None:
+            with self.accelerator.autocast():
+                self.critic.update(self.state.global_step, samples, self.model, self.reference)
         if samples and (self._reader is None or isinstance(self.reference, Cached)):
             risk_B = torch.cat([self._risk(sample) for sample in samples]).to(device)
             total = self.accelerator.reduce(torch.stack([risk_B.sum(), risk_B.new_tensor(float(len(risk_B)))]))
-            risk, ema = float(total[0] / total[1]), float(self.policy.parameters.get("ema", 0.0))
-            # The first batch starts the average: the paper gives no initial value.
-            self._risk_ema = risk if self._risk_ema is None else ema * self._risk_ema + (1 - ema) * risk
-            self._batch_risk = self._risk_ema if ema else risk
+            self._batch_risk = self.smoothed.next(float(total[0] / total[1]), self.critic)
         return samples, num_items
 
     def _read_with(self, probe: Probe) -> Reader:
@@ -200,7 +210,8 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         size = torch.float32.itemsize if self._cache_dtype == "float32" else base.dtype.itemsize
         states = sum(self._numbered.tokens_per_row) * int(base.config.get_text_config().hidden_size) * size
         chosen = choose_reference(
-            spec,
+            # States alone cannot answer: a full model that is judged on its answers wants the starting one beside it.
+            "copy" if spec == "auto" and self.critic is not None and not isinstance(self.model, PeftModel) else spec,
             self.model,
             epochs=epochs_of(self.args, len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else 0),
             cache_bytes=None if self._numbered.streams else states,
@@ -248,29 +259,23 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
             self._fill(self.reference, model)
         rows = [row for row, _ in zip(self.train_dataset, range(2), strict=False)]
         batch = self._micro_batch(self.data_collator(rows))
-        if self.loss_head != "dense":
-            problem = verify_head(model, batch)
-            if problem is not None and self.loss_head == "fused":
-                raise RuntimeError(problem)
-            if problem is not None:
-                logger.warning("full logits are built, because %s", problem)
-            self.loss_head = "fused" if problem is None else "dense"
+        self.loss_head = settled_head(self.loss_head, model, batch)
         if self.reference is not None and not resumed:
             movable, size = not self.is_deepspeed_enabled, len(self.processing_class)
             verify_reference(self.reference, model, batch, self.model, size, disturb=movable)
+        if self.critic is not None and self.reference is not None:
+            self.critic.start(self.model, self.reference, self.accelerator)
 
     def _fill(self, reference: Cached, model: nn.Module) -> None:
-        def run(inputs: Mapping[str, Any]) -> tuple[torch.Tensor, States]:
-            batch = self._micro_batch(inputs)
-            if batch.cache_index_N is None:
-                raise ValueError("the data carries no places in the store")
+        def read(batch: MicroBatch) -> States:
             if reference.frozen_head is None:
-                return batch.cache_index_N, reference.live.states(model, self.model, batch, self._reader)
+                return reference.live.states(model, self.model, batch, self._reader)
             with torch.no_grad(), evaluation_mode(model):
-                return batch.cache_index_N, states_of(model, batch, self._reader)
+                return states_of(model, batch, self._reader)
 
         datasets = self._numbered.datasets
-        fill(reference.cache, datasets, collate=self.data_collator, run=run, accelerator=self.accelerator)
+        collate = lambda rows: self._micro_batch(self.data_collator(rows))  # noqa: E731
+        fill(reference.cache, datasets, collate=collate, read=read, accelerator=self.accelerator)
 
     def remove_stored_states(self) -> None:
         """Delete what `cached` wrote; afterwards this trainer cannot train or evaluate with it."""
@@ -303,14 +308,9 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         step_of = dense_step if self.loss_head == "dense" else fused_step
         with self.accelerator.autocast():
             step = step_of(model, unwrapped, batch, objective)
-        self._record(step)
+        self._means.add("train" if self.model.training else "eval", step)
         if self.model.training:
-            seen = (
-                inputs["attention_mask"].sum()
-                if "attention_mask" in inputs
-                else inputs["position_ids"].new_tensor(inputs["position_ids"].numel())
-            )
-            self._total_train_tokens += int(self.accelerator.reduce(seen))
+            self._total_train_tokens += int(self.accelerator.reduce(tokens_seen(inputs)))
         loss = step.out.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # N counts the tokens of every rank, while data parallelism averages the gradients over ranks.
@@ -327,37 +327,28 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
             self._start()
         return dict(super().evaluate(*arguments, **kwargs))
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, Any, Any]:
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
         """One evaluation batch; in batch scope its own mean risk stands for the optimisation batch."""
-        self._batch_risk = float(self._risk(inputs).mean())
-        step: tuple[torch.Tensor, Any, Any] = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        return step
+        if self.critic is not None:
+            self.critic.write(inputs)
+        risk = float(self._risk(inputs).mean())
+        self._batch_risk = risk if self.critic is None else self.critic.batch_risk(risk)
+        return super().prediction_step(model, inputs, *arguments, **options)
 
     # -- logs -----------------------------------------------------------------------------------------------------
-
-    def _record(self, step: Step) -> None:
-        mode = "train" if self.model.training else "eval"
-        for name, value in token_sums(step).items():
-            self._sums[mode][name] = self._sums[mode].get(name, 0.0) + value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the token-weighted means since the last log."""
         mode = "train" if self.model.training else "eval"
-        sums = {name: float(self.accelerator.reduce(value)) for name, value in self._sums[mode].items()}
-        tokens = {name: max(sums.pop(f"{name}tokens", 0.0), 1.0) for name in ("", "ce_", "kl_")}
         prefix = "eval_" if mode == "eval" else ""
-        for name, value in sums.items():
-            logs[prefix + name] = value / tokens.get(f"{name}_", tokens[""])
+        logs |= {prefix + name: value for name, value in self._means.take(mode, self.accelerator.reduce).items()}
         if mode == "train":
             logs["skipped_updates"] = self.floor.skipped / max(self.floor.updates, 1)
             logs["num_tokens"] = self._total_train_tokens
-        self._sums[mode] = {}
+            if self.policy.parameters.get("scope") == "batch":
+                logs["batch_risk"] = self._batch_risk
+            if self.critic is not None:
+                logs |= self.critic.logged()
         self._metrics[mode] = defaultdict(list)
         super().log(logs, start_time)
 
@@ -365,29 +356,34 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Verify the reference, refuse to resume on other data or another policy, then train."""
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = str(last_complete_checkpoint(Path(self.args.output_dir)) or "")
-            if not checkpoint:
-                raise ValueError(f"no complete checkpoint to resume from in {self.args.output_dir}")
-        if isinstance(checkpoint, str):
+        checkpoint = checkpoint_of(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint is not None:
             state = check_resume(Path(checkpoint), self.record())
-            self._risk_ema = state["risk_ema"]
+            self.smoothed.value = state["risk_ema"]
             self.floor.updates, self.floor.skipped = state["updates"], state["skipped"]
+            if self.critic is not None:
+                self.critic.load(state["on_policy"])
         self._open_store()
         if not self._sharded:
             self._start()
-        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        finally:
+            if self.critic is not None:
+                self.critic.stop()
 
     def record(self) -> dict[str, Any]:
         """What `safeshape.json` says about this run."""
-        return {"loss_head": self.loss_head} | run_record(
+        counts = {"updates": self.floor.updates, "skipped": self.floor.skipped}
+        critic = {} if self.critic is None else {"on_policy": self.critic.state()}
+        return {"loss_head": self.loss_head, "critic": self.notes()} | run_record(
             policy=self.policy,
             reference=self.reference_kind,
             signals=self._signals,
             data=self._data,
             model=self.model,
-            state={"risk_ema": self._risk_ema, "updates": self.floor.updates, "skipped": self.floor.skipped},
+            on_policy=None if self._on_policy is None else self._on_policy.identity(),
+            state={"risk_ema": self.smoothed.value, **counts, **critic},
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

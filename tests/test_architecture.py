@@ -25,6 +25,7 @@ CHAIN = [
     "evals",
     "callbacks",
     "provenance",
+    "onpolicy",
     "trainer",
     "defences",
     "world",

@@ -130,7 +130,7 @@ BAD_FLAGS = [
     ({"model_name_or_path": "./no/such/model"}, "no/such/model"),
     ({"output_dir": None}, "output_dir must be given"),
     ({"packing": "true", "packing_strategy": "wrapped"}, "does not support packing_strategy"),
-    ({"guard": "world", "probe": "x"}, "give a guard or a probe, not both"),
+    ({"guard": "world", "probe": "x"}, "give a guard, a probe or a judge: one of them"),
     ({"max_length": "4"}, "row 0: has"),
 ]
 
@@ -149,7 +149,7 @@ BAD_DATA = [
     (["{not json"], "line 1 is not valid JSON"),
     (["[1, 2]"], "line 1 is not a JSON object"),
     ([{"text": "a"}], "row 0: needs `messages`, or `prompt` and `completion`"),
-    ([{"messages": conversation("a", "b")}], "has no `safety` column; give --guard or --probe"),
+    ([{"messages": conversation("a", "b")}], "has no `safety` column; give --guard, --probe or --judge"),
     ([scored(), {**scored(), "messages": [{"role": "user", "content": "a"}]}], "train row 1: the last message must be"),
     ([scored(" ")], "row 0: the assistant's answer is empty"),
     ([scored(p_safe=1.5)], "train row 0: safety p_safe must be a number in [0, 1], got 1.5"),

@@ -12,9 +12,9 @@ P = torch.tensor([[1.0, 0.75, 0.0]])
 ANSWER = torch.tensor([[0.25, 0.25, 0.25]])
 
 
-def call(spec, *, log_ratio=0.0, batch_risk=0.5):
+def call(spec, *, log_ratio=0.0, batch_risk=0.5, answer=ANSWER):
     batch = Batch(
-        answer_p_safe_BT=ANSWER,
+        answer_p_safe_BT=answer,
         position_BT=torch.tensor([[1, 2, 6]]),
         log_ratio_BT=torch.full((1, 3), log_ratio),
         batch_risk=batch_risk,
@@ -42,6 +42,11 @@ def call(spec, *, log_ratio=0.0, batch_risk=0.5):
         ({"name": "adaptive", "beta_min": 0.0, "beta_max": 1.0}, [0.25] * 3, [0.75] * 3),
         # judge scale r = 1 + 4 * 0.75 = 4: clip((4 - 2) / 3) = 2/3
         ({"name": "adaptive", "ramp": "clamp"}, [1 / 3] * 3, [2 / 3] * 3),
+        # the same ce without the divergence, on every knob of adaptive
+        ("adaptive_weight", [0.3] * 3, [0] * 3),
+        ({"name": "adaptive_weight", "scope": "batch"}, [0.5] * 3, [0] * 3),
+        ({"name": "adaptive_weight", "beta_min": 0.0, "beta_max": 1.0}, [0.25] * 3, [0] * 3),
+        ({"name": "adaptive_weight", "ramp": "clamp"}, [1 / 3] * 3, [0] * 3),
         ("constrained", [1, 1, 1], [0, 0, 0]),
     ],
 )
@@ -55,6 +60,10 @@ def test_the_judge_scale_ramp_gives_the_released_codes_weights():
     for score, weight in ((1, 0.1), (2, 0.1), (3, 1 / 3), (4, 2 / 3), (5, 0.9)):
         spec = {"name": "adaptive", "scope": "batch", "ramp": "clamp"}
         assert call(spec, batch_risk=(score - 1) / 4)[1][0] == pytest.approx(weight, abs=1e-6)
+        answer = torch.full((1, 3), 1 - (score - 1) / 4)  # as `Judge.score_many` writes a verdict into the data
+        spec = {"name": "adaptive", "scope": "example", "ramp": "clamp"}
+        assert call(spec, answer=answer)[1] == pytest.approx([weight] * 3, abs=1e-6)
+        assert call(spec, answer=answer)[0] == pytest.approx([1 - weight] * 3, abs=1e-6)
 
 
 def test_constrained_uses_its_three_rates():

@@ -132,7 +132,7 @@ def test_ema_follows_its_recursion(tmp_path, tokenizer):
         policy={"name": "adaptive", "scope": "batch", "ema": 0.75},
         settings={"max_steps": 1},
     )
-    trainer._risk_ema = 1.0
+    trainer.smoothed.value = 1.0
     trainer.train()
     # s = 0.75 * 1 + 0.25 * 0; beta = 0.1 + 0.8 * 0.75
     assert trainer.state.log_history[0]["kl_weight"] == pytest.approx(0.7, abs=1e-6)
@@ -229,7 +229,7 @@ def test_resume_continues_the_same_run(tmp_path, tokenizer):
     again = make(tmp_path / "a", tokenizer, policy=spec, settings=settings)
     again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     assert torch.equal(parameters(again.model), parameters(whole.model))
-    assert again._risk_ema == whole._risk_ema
+    assert again.smoothed.value == whole.smoothed.value
     assert again.floor.updates == whole.floor.updates == 4
 
 

@@ -6,9 +6,9 @@ Nothing heavy is imported here: `--help` must answer at once.
 from safeshape.config.attack import AttackConfig
 from safeshape.config.demo import DemoConfig
 from safeshape.config.eval import EvalConfig
+from safeshape.config.eval_theorem import EvalTheoremConfig
 from safeshape.config.judge import JudgeConfig
 from safeshape.config.judge_validate import JudgeValidateConfig
-from safeshape.config.eval_theorem import EvalTheoremConfig
 from safeshape.config.parser import first_problem, option, parse, parser_for, read_yaml, unknown_key, validated
 from safeshape.config.report import ReportConfig
 from safeshape.config.score import ScoreConfig
@@ -21,11 +21,11 @@ from safeshape.config.world import WorldConfig
 __all__ = [
     "AttackConfig",
     "DemoConfig",
-    "EvalTheoremConfig",
-    "ReportConfig",
     "EvalConfig",
+    "EvalTheoremConfig",
     "JudgeConfig",
     "JudgeValidateConfig",
+    "ReportConfig",
     "ScoreCalibrateConfig",
     "ScoreConfig",
     "ScoreExportConfig",

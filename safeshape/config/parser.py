@@ -29,10 +29,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser_for(config: type[Any], verb: str) -> Parser:
-    """A parser with one flag per field. Errors while parsing are ValueErrors that name the flag."""
+    """A parser with one flag per field; mappings have none, they stand in the file.
+
+    Errors while parsing are ValueErrors that name the flag.
+    """
     parser = Parser(prog=f"safeshape {verb}", description=config.__doc__, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="a YAML file with any of these settings; flags win")
     for item in fields(config):
+        if get_origin(item.type) is dict:
+            continue
         kind, many, choices = _flag_type(item.type)
         required = item.default is MISSING and item.default_factory is MISSING
         default = item.default_factory() if item.default_factory is not MISSING else item.default

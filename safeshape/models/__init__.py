@@ -10,6 +10,7 @@ from safeshape.models.reference import (
     Reference,
     choose_reference,
     make_reference,
+    settled_head,
     verify_head,
     verify_reference,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "make_reference",
     "project",
     "read_head",
+    "settled_head",
     "verify_head",
     "verify_reference",
 ]

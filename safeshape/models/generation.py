@@ -113,6 +113,56 @@ def generate_batches(
     begun = [str(p[-1]["content"]) if p and p[-1]["role"] == "assistant" else None for p in prompts]
     texts = [_prompt_text(tokenizer, p, given is not None) for p, given in zip(prompts, begun, strict=True)]
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    batches = _new_tokens(
+        model,
+        tokenizer,
+        encoded,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        sampling=sampling,
+        seeds=seeds,
+    )
+    for batch in batches:
+        answers = dict(zip(batch, tokenizer.batch_decode(list(batch.values()), skip_special_tokens=True), strict=True))
+        for row, tokens in batch.items():
+            given = begun[row]
+            if given is None:
+                answers[row] = answers[row].strip()
+            else:
+                shown = given if texts[row].endswith(given) else given.strip()  # some templates strip messages
+                answers[row] = (shown + _continuation(tokenizer, encoded[row], tokens)).rstrip()
+        yield answers
+
+
+def generate_from(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+) -> list[str]:
+    """Greedy answers to prompts that are tokens already. Errors: ValueError for a prompt without tokens."""
+    answers = [""] * len(prompts)
+    encoded = [list(ids) for ids in prompts]
+    for batch in _new_tokens(model, tokenizer, encoded, max_new_tokens=max_new_tokens, batch_size=batch_size):
+        decoded = tokenizer.batch_decode(list(batch.values()), skip_special_tokens=True)
+        for row, text in zip(batch, decoded, strict=True):
+            answers[row] = text.strip()
+    return answers
+
+
+def _new_tokens(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    sampling: Sampling | None = None,
+    seeds: Sequence[int] | None = None,
+) -> Iterator[dict[int, list[int]]]:
+    """What the model adds to each row, padding after the end included, by the row's number; one batch at a time."""
     if not all(encoded):
         raise ValueError("a prompt has no tokens")
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -123,27 +173,18 @@ def generate_batches(
         eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
     )
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-    with torch.inference_mode(), evaluation_mode(model):
-        for begin in range(0, len(order), batch_size):
-            rows = order[begin : begin + batch_size]
-            ids_BL, mask_BL = _padded([encoded[row] for row in rows], pad, model.device)
+    for begin in range(0, len(order), batch_size):
+        rows = order[begin : begin + batch_size]
+        ids_BL, mask_BL = _padded([encoded[row] for row in rows], pad, model.device)
+        # Not inference mode: buffers that a model makes in it (rotary tables) could not be trained with afterwards.
+        with torch.no_grad(), evaluation_mode(model):
             out_BL = model.generate(
                 input_ids=ids_BL,
                 attention_mask=mask_BL,
                 generation_config=settings,
                 logits_processor=_drawing(sampling, None if seeds is None else [seeds[row] for row in rows], model),
             )
-            new = out_BL[:, ids_BL.shape[1] :]
-            decoded = tokenizer.batch_decode(new, skip_special_tokens=True)
-            answers = {}
-            for row, text, tokens in zip(rows, decoded, new.tolist(), strict=True):
-                given = begun[row]
-                if given is None:
-                    answers[row] = text.strip()
-                else:
-                    shown = given if texts[row].endswith(given) else given.strip()  # some templates strip messages
-                    answers[row] = (shown + _continuation(tokenizer, encoded[row], tokens)).rstrip()
-            yield answers
+        yield dict(zip(rows, out_BL[:, ids_BL.shape[1] :].tolist(), strict=True))
 
 
 def _padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,7 +198,9 @@ def _drawing(sampling: Sampling | None, seeds: Sequence[int] | None, model: PreT
     if sampling is None or seeds is None:
         return LogitsProcessorList()
     cut = [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
-    return LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature)), *cut, _Drawn(seeds, model.device)])
+    return LogitsProcessorList(
+        [TemperatureLogitsWarper(float(sampling.temperature)), *cut, _Drawn(seeds, model.device)]
+    )
 
 
 def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, continued: bool) -> str:

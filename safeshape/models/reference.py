@@ -5,6 +5,7 @@ V vocabulary.
 """
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from safeshape.models.loading import evaluation_mode
 from safeshape.models.states import StateCache
 from safeshape.types import MicroBatch
 
+logger = logging.getLogger("safeshape")
 REFERENCE_KINDS: tuple[str, ...] = ("auto", "adapter_off", "copy", "cached")
 
 
@@ -141,6 +143,23 @@ class Cached:
 Reference = AdapterOff | Frozen | Cached
 
 
+@contextmanager
+def answering(reference: Reference | None, model: nn.Module) -> Iterator[nn.Module]:
+    """The model that answers as the reference; None: the model itself, which training has not moved yet.
+
+    `model`: the policy, whose adapters are off inside. Errors: ValueError for stored states, which cannot answer.
+    """
+    if reference is None:
+        yield model
+    elif isinstance(reference, Frozen):
+        yield reference.model
+    elif isinstance(reference, Cached) and reference.frozen_head is not None:
+        raise ValueError("stored states of a reference cannot answer a prompt")
+    else:
+        with _adapted(model).disable_adapter():
+            yield model
+
+
 def _adapted(model: nn.Module) -> PeftModel:
     if not isinstance(model, PeftModel):
         raise TypeError("adapter_off needs a PEFT model")
@@ -247,6 +266,19 @@ def verify_head(model: nn.Module, batch: MicroBatch) -> str | None:
     if own_NV.shape != read_NV.shape or not _close(own_NV, read_NV):
         return "the output layer as read does not give the model's own logits"
     return None
+
+
+def settled_head(loss_head: str, model: nn.Module, batch: MicroBatch) -> str:
+    """What `loss_head` ("auto", "fused", "dense") means for a model: "fused" or "dense".
+
+    Errors: RuntimeError for "fused" where the head that was read is not the model's.
+    """
+    problem = None if loss_head == "dense" else verify_head(model, batch)
+    if problem is not None and loss_head == "fused":
+        raise RuntimeError(problem)
+    if problem is not None:
+        logger.warning("full logits are built, because %s", problem)
+    return "fused" if problem is None and loss_head != "dense" else "dense"
 
 
 def verify_reference(

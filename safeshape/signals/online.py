@@ -26,7 +26,7 @@ def reader(probe: Probe) -> Callable[[Sequence[torch.Tensor], MicroBatch], torch
         for row, begin, end, last in prompt_spans(labels_BL, batch.begins_BL):
             x_F = torch.cat([pooled(states[layer][row, begin:end], probe.pooling) for layer in probe.layers])
             # The token at position t is predicted at t - 1.
-            p_safe_BT[row, end - 1 : last - 1] = probe.p_safe_of(x_F[None].float())[0]
+            p_safe_BT[row, end - 1 : last - 1] = probe.p_safe_of(x_F[None])[0]
         return p_safe_BT[batch.counted_BT.to(p_safe_BT.device)]
 
     return read

@@ -52,7 +52,7 @@ def test_the_probe_equals_scikit_learns_pipeline(tokenizer):
     model, labels = tiny_model(), [False] * 9 + [True] * 9
     x = features(HARMLESS + HARMFUL, model=model, tokenizer=tokenizer, layers=(2,))
     expected = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(x, labels).predict_proba(x)
-    probe = Probe.fit(HARMLESS + HARMFUL, labels, model=model, tokenizer=tokenizer, layers=(2,))
+    probe = Probe.fit(HARMLESS + HARMFUL, labels, model=model, tokenizer=tokenizer, layers=(2,), C=0.1, calibrate=False)
     assert probe.p_safe(HARMLESS + HARMFUL) == pytest.approx(expected[:, 0].tolist(), abs=1e-4)
 
 
