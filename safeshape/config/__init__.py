@@ -5,6 +5,8 @@ Nothing heavy is imported here: `--help` must answer at once.
 
 from safeshape.config.attack import AttackConfig
 from safeshape.config.demo import DemoConfig
+from safeshape.config.eval import EvalConfig
+from safeshape.config.eval_theorem import EvalTheoremConfig
 from safeshape.config.judge import JudgeConfig
 from safeshape.config.judge_validate import JudgeValidateConfig
 from safeshape.config.parser import first_problem, option, parse, parser_for, read_yaml, unknown_key, validated
@@ -19,6 +21,8 @@ from safeshape.config.world import WorldConfig
 __all__ = [
     "AttackConfig",
     "DemoConfig",
+    "EvalConfig",
+    "EvalTheoremConfig",
     "JudgeConfig",
     "JudgeValidateConfig",
     "ReportConfig",
