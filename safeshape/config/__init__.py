@@ -5,6 +5,10 @@ Nothing heavy is imported here: `--help` must answer at once.
 
 from safeshape.config.demo import DemoConfig
 from safeshape.config.parser import first_problem, option, parse, parser_for, read_yaml, unknown_key, validated
+from safeshape.config.probe_data import PromptSet
+from safeshape.config.probe_eval import ProbeEvalConfig
+from safeshape.config.probe_fit import ProbeFitConfig
+from safeshape.config.probe_score import ProbeScoreConfig
 from safeshape.config.score import ScoreConfig
 from safeshape.config.score_calibrate import ScoreCalibrateConfig
 from safeshape.config.score_export import ScoreExportConfig
@@ -14,6 +18,10 @@ from safeshape.config.world import WorldConfig
 
 __all__ = [
     "DemoConfig",
+    "ProbeEvalConfig",
+    "ProbeFitConfig",
+    "ProbeScoreConfig",
+    "PromptSet",
     "ScoreCalibrateConfig",
     "ScoreConfig",
     "ScoreExportConfig",
