@@ -76,8 +76,8 @@ def template_lines(model: Results) -> list[str]:
     for name, label in (("probe", "this probe"), ("trapped", "fitted with it on harmful rows only")):
         across, shift = check[name]["across"], check[name]["shift"]
         lines.append(
-            f"  {label}: {' / '.join(f'{value:.3f}' for value in across.values())}; the system prompt moves mean p_safe "
-            f"by {shift['harmful']:+.3f} (harmful) and {shift['harmless']:+.3f} (harmless)"
+            f"  {label}: {' / '.join(f'{value:.3f}' for value in across.values())}; the system prompt moves mean "
+            f"p_safe by {shift['harmful']:+.3f} (harmful) and {shift['harmless']:+.3f} (harmless)"
         )
     return lines
 
@@ -114,8 +114,8 @@ def _shuffled(model: Results) -> str:
 
 def _means(model: Results) -> list[str]:
     return [
-        f"{kind}: mean AUROC {found['probe']:.3f}, bag of words {found['bag_of_words']:.3f}; of {found['units']} the probe is "
-        f"surely better in {found['probe_better']}, surely worse in {found['probe_worse']}"
+        f"{kind}: mean AUROC {found['probe']:.3f}, bag of words {found['bag_of_words']:.3f}; of {found['units']} "
+        f"the probe is surely better in {found['probe_better']}, surely worse in {found['probe_worse']}"
         for kind, found in model["summary"].items()
     ]
 
@@ -126,7 +126,7 @@ def text_report(results: Results) -> str:
     for model in results["models"]:
         lines += [f"== {model['model']} ({model['hidden_states']} hidden states, {model['read_as']})", ""]
         for kind in model["summary"]:
-            lines += aligned((kind, *_HEAD[1:]), unit_rows(model, kind)) + [""]
+            lines += [*aligned((kind, *_HEAD[1:]), unit_rows(model, kind)), ""]
         head = ("calibration", "Brier", "uncalibrated", "ECE", "uncalibrated", "bag Brier", "bag ECE")
         lines += [*aligned(head, calibration_rows(model)), "", *_means(model), _shuffled(model), *template_lines(model)]
         lines += ["", "Chosen from the rows to fit on:", *(f"  {line}" for line in choices(model)), ""]

@@ -81,17 +81,17 @@ def measure(
 
     reader = open_reader(*load_model(model_path(name), dtype=config.dtype, device=config.device))
     verify(reader)
-    wanted = layers_of(config.layers)
+    wanted, shown = layers_of(config.layers), display(name)
     places = tuple(range(reader.depth)) if wanted == "all" else tuple(reader.place(int(one)) for one in wanted)
     poolings = POOLINGS if config.pooling == "auto" else (config.pooling,)
 
     def told(what: str) -> Callable[[int, int], None]:
-        return lambda done, total: progress(f"{name}: {what}", done, total)
+        return lambda done, total: progress(f"{shown}: {what}", done, total)
 
-    shared = {"reader": reader, "store": store}
     states = extract(
         data.prompts,
-        **shared,
+        reader,
+        store=store,
         layers=places,
         poolings=poolings,
         batch_size=config.batch_size,
@@ -106,7 +106,7 @@ def measure(
         bag,
         threshold=config.threshold,
         seed=config.seed,
-        progress=lambda label, done, total: progress(f"{name}: {label}", done, total),
+        progress=lambda label, done, total: progress(f"{shown}: {label}", done, total),
     )
     first = next(units(data, seed=config.seed))
     fitted = probe.fit(first.fit)
@@ -114,7 +114,8 @@ def measure(
         data.prompts,
         data.labels,
         fitted,
-        **shared,
+        reader,
+        store=store,
         fit_rows=first.fit.tolist(),
         test_rows=first.asked.tolist(),
         seed=config.seed,
@@ -127,7 +128,7 @@ def measure(
     ]
     split = Fold(fit=first.fit, held_out=first.asked)
     return {
-        "model": name,
+        "model": shown,
         "hidden_states": reader.depth,
         "hidden_size": reader.hidden,
         "read_as": "chat template" if reader.chat else "plain text",
@@ -138,6 +139,14 @@ def measure(
         "sweep": sweep(bank, data.labels, split, folds, seed=config.seed),
         "attribution": attributed(data, bank, reader, first, fitted, config.seed),
     }
+
+
+def display(name: str) -> str:
+    """A model's name without the folders of one machine; a folder called `model` goes by the one around it."""
+    path = Path(name)
+    if not path.is_dir():
+        return name
+    return path.parent.name if path.name == "model" else path.name
 
 
 def attributed(

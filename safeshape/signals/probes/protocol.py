@@ -11,7 +11,7 @@ from safeshape.signals.probes.folds import Labels, Rows, near_duplicates, split_
 from safeshape.signals.probes.reading import Prompt
 
 TEST_SHARE = 0.3
-SMALLEST_CATEGORY = 10  # prompts; an AUROC of fewer says nothing
+SMALLEST_CATEGORY = 15  # prompts; an AUROC of fewer says nothing
 Kind = Literal["in distribution", "data set left out", "test set", "category left out"]
 
 
