@@ -18,6 +18,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "report": ("turn results into tables, figures, a page and a safety card", "safeshape.verbs.report"),
     "attack": ("poison fine-tuning data or attack prompts, to test a defence", "safeshape.verbs.attack"),
     "judge": ("rate the harm of every answer from 1 to 5 with a judge", "safeshape.verbs.judge"),
+    "probe": ("fit, measure and use a probe on a model's hidden states", "safeshape.verbs.probe"),
     "world": ("list or rebuild the embedded world's models", "safeshape.verbs.world"),
 }
 

@@ -10,6 +10,10 @@ from safeshape.config.eval_theorem import EvalTheoremConfig
 from safeshape.config.judge import JudgeConfig
 from safeshape.config.judge_validate import JudgeValidateConfig
 from safeshape.config.parser import first_problem, option, parse, parser_for, read_yaml, unknown_key, validated
+from safeshape.config.probe_data import PromptSet
+from safeshape.config.probe_eval import ProbeEvalConfig
+from safeshape.config.probe_fit import ProbeFitConfig
+from safeshape.config.probe_score import ProbeScoreConfig
 from safeshape.config.report import ReportConfig
 from safeshape.config.score import ScoreConfig
 from safeshape.config.score_calibrate import ScoreCalibrateConfig
@@ -25,6 +29,10 @@ __all__ = [
     "EvalTheoremConfig",
     "JudgeConfig",
     "JudgeValidateConfig",
+    "ProbeEvalConfig",
+    "ProbeFitConfig",
+    "ProbeScoreConfig",
+    "PromptSet",
     "ReportConfig",
     "ScoreCalibrateConfig",
     "ScoreConfig",
