@@ -134,7 +134,7 @@ def load_judge(spec: str | Mapping[str, Any], **settings: Any) -> Judging:
 def _oracle(spec: str, settings: Mapping[str, Any]) -> OracleJudge:
     rate = spec.partition(":")[2]
     try:
-        return OracleJudge(*([float(rate)] if rate else []), **settings)
+        return OracleJudge(float(rate) if rate else 0.0, **settings)
     except TypeError as error:
         raise ValueError(f"judge {spec!r}: {error}") from error
     except ValueError as error:
