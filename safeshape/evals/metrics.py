@@ -131,7 +131,9 @@ def _rate(
 ) -> list[Result]:
     first: dict[str, int] = {}
     for answer in measured.answers:
-        first.setdefault(measured.task.groups[answer.index] if measured.task.groups else str(answer.index), answer.index)
+        first.setdefault(
+            measured.task.groups[answer.index] if measured.task.groups else str(answer.index), answer.index
+        )
     joined = {group: join(of) for group, of in grouped(measured, values).items()}
     known = {group: value for group, value in joined.items() if value is not None}
     if not known:

@@ -180,8 +180,12 @@ SUITES: dict[str, Suite] = {
         max_new_tokens=128,
         scorers=("sql_match",),
     ),
-    "prompts": Suite(read=readers.own("harmful"), hub=(), source="your file", licence="yours", field="messages or prompt"),
-    "benign": Suite(read=readers.own("benign"), hub=(), source="your file", licence="yours", field="messages or prompt"),
+    "prompts": Suite(
+        read=readers.own("harmful"), hub=(), source="your file", licence="yours", field="messages or prompt"
+    ),
+    "benign": Suite(
+        read=readers.own("benign"), hub=(), source="your file", licence="yours", field="messages or prompt"
+    ),
     "questions": Suite(
         read=readers.own("ability"),
         hub=(),
@@ -282,11 +286,9 @@ def _folder(path: Path, *, pattern: str) -> list[Found]:
 
 
 def _hexphi_folder(path: Path) -> list[Found]:
-    """The eleven files; the second may be missing, as later releases withhold it. Errors: ValueError that names others."""
+    """The eleven files; the second may be missing, as later releases do. Errors: ValueError that names others."""
     files = {number: path / f"category_{number}.csv" for number in range(1, 12)}
     missing = [file.name for number, file in files.items() if number != 2 and not file.is_file()]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; hexphi is a folder of category_1.csv to category_11.csv")
     return [read_headerless(file, ("prompt",)) for file in files.values() if file.is_file()]
-
-
