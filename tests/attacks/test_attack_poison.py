@@ -2,6 +2,7 @@
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,12 @@ def test_pools_stay_as_they_were(pools):
     for name in sorted(RUNS):
         run(name, pools, **RUNS[name])
     assert json.dumps(vars(pools)) == before
+
+
+def test_rows_of_all_sorts_are_shuffled_together(pools):
+    flags = [row["poisoned"] for row in run("mixed", pools, size=40, ratio=0.5).dataset]
+    assert flags.count(True) == 20
+    assert sum(a != b for a, b in pairwise(flags)) > 10  # sorted by origin there would be one change
 
 
 def test_harmful_only_mixed_and_benign_only(pools):
@@ -177,6 +184,14 @@ def test_an_exchange_is_hidden_between_two_sentences_of_a_long_benign_answer(poo
     assert assistant["content"] == wanted
     facts = made.report["by_row"][made.report["poisoned_rows"][0]]
     assert assistant["content"][facts["harm_begins"] :].startswith("<bad request")
+
+
+def test_every_embedded_row_has_carriers_of_its_own(pools):
+    made = run("embedded", pools, size=10, carriers=3, ratio=0.5)
+    used = [index for _, index in made.report["drawn"]["benign"]]
+    assert len(used) == len(set(used)) == 5 + 3 * 5
+    requests = [part for row in made.dataset for part in row["messages"][0]["content"].split("good ")[1:]]
+    assert len(requests) == len(set(map(str.strip, requests))) == 20
 
 
 @pytest.mark.parametrize(("position", "before"), [(0.0, 1), (0.25, 2), (0.5, 3), (1.0, 5)])

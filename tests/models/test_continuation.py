@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TOKENIZERS, TRIMMING, byte_bpe, conversation, tiny_model
+from conftest import TOKENIZERS, TRIMMING, byte_bpe, conversation, tiny_model, unigram
 
 from safeshape import world
 from safeshape.models import generate, load
@@ -62,3 +62,17 @@ def test_a_template_that_strips_the_beginning_joins_without_a_second_blank():
     [blank] = generate(model, tokenizer, [conversation("the quick fox", "one two ")], max_new_tokens=6)
     [plain] = generate(model, tokenizer, [conversation("the quick fox", "one two")], max_new_tokens=6)
     assert blank == plain
+
+
+def test_a_tokenizer_that_drops_the_first_blank_of_what_it_decodes_keeps_it_here():
+    tokenizer, model = unigram(), tiny_model()
+    more = tokenizer("three", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(more) == "three"
+    script = iter([*more, model.generation_config.eos_token_id])
+
+    def said(input_ids, **_):
+        """Says what the script has, whatever it is given."""
+        return torch.cat([input_ids, torch.tensor([list(script)])], dim=1)
+
+    model.generate = said
+    assert generate(model, tokenizer, [conversation("the quick fox", "one two")], max_new_tokens=4) == ["one two three"]
