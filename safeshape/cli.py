@@ -19,6 +19,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "attack": ("poison fine-tuning data or attack prompts, to test a defence", "safeshape.verbs.attack"),
     "judge": ("rate the harm of every answer from 1 to 5 with a judge", "safeshape.verbs.judge"),
     "probe": ("fit, measure and use a probe on a model's hidden states", "safeshape.verbs.probe"),
+    "bench": ("run a matrix of attack, defence, model and seed, and collect its rows", "safeshape.verbs.bench"),
     "world": ("list or rebuild the embedded world's models", "safeshape.verbs.world"),
 }
 
