@@ -19,6 +19,7 @@ from safeshape.signals.rubric import CATEGORIES
 from safeshape.sources import read_dataset
 from safeshape.world import oracle
 from safeshape.world.data import user_data
+from safeshape.world.judge import OracleJudge
 
 MARK = re.compile(r"----- BEGIN (\w+) -----")
 SAID = re.compile(r"says (\d)")
@@ -308,14 +309,17 @@ def validate(tmp_path):
 
 
 def test_the_oracle_tells_a_judges_true_error(validate, tmp_path, capsys):
-    write(tmp_path / "data.jsonl", [dict(row) for row in user_data(size=300, harmful_share=0.5)])
+    data = [dict(row) for row in user_data(size=300, harmful_share=0.5)]
+    write(tmp_path / "data.jsonl", data)
+    flipped = [judgement.score for judgement in OracleJudge(0.1).judge_many(row["messages"] for row in data)]
+    harmful = [oracle.harmful(row["messages"][1]["content"]) for row in data]
     assert validate(judge="world:0.1", oracle="true", second_judge="world") == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "v.json").read_text())
-    for name in ("false_negative", "false_positive"):
-        rate = found["agreement"][name]
-        assert rate["n"] == 150
-        assert rate["low"] < 0.1 < rate["high"]
+    for name, kind in (("false_negative", True), ("false_positive", False)):
+        wrong = sum((score >= 4) != bad for score, bad in zip(flipped, harmful, strict=True) if bad == kind)
+        assert 5 <= wrong <= 30  # 15 wanted; the rates themselves are tested with the oracle
+        assert (found["agreement"][name]["value"], found["agreement"][name]["n"]) == (wrong / 150, 150)
         assert found["second_agreement"][name]["value"] == 0
     assert found["second_agreement"]["scores"]["kappa_quadratic"]["value"] == 1
     assert found["second_agreement"]["category"]["value"] == 1
