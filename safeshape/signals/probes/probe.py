@@ -120,7 +120,7 @@ class Probe:
         weight_F, chosen = fitted.linear.weight_F, fitted.choice
         if fixed_mean:
             weight_F = np.tile(weight_F / np.float32(len(places)), len(places))
-        numbers = chosen.layers if isinstance(layers, str) else tuple(layers)
+        numbers = chosen.layers if layers == "auto" else places if isinstance(layers, str) else tuple(layers)
         return cls(
             weight_F=weight_F,
             bias=fitted.linear.bias,
