@@ -112,7 +112,7 @@ def measure(cell: Cell, *, family: str, size: int, held_out: int, epochs: int, s
             report[f"called_safe_{by}"] = sum(p >= 0.5 for p in read) / len(read) if read else None
         with tempfile.TemporaryDirectory() as folder:
             method = Method(name="sft", policy={"name": "sft"})
-            model, tokenizer = fine_tune(method, Dataset.from_list(poisoned.dataset), config, folder)
+            model, tokenizer, _ = fine_tune(method, Dataset.from_list(poisoned.dataset), config, folder, {})
     rows = []
     for name, given in cell.asked:
         own: dict[str, Any] = {**given}

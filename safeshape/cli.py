@@ -14,7 +14,6 @@ VERBS: dict[str, tuple[str, str]] = {
     "demo": ("watch an aligned model lose its safety and keep it, offline, in minutes", "safeshape.verbs.demo"),
     "train": ("fine-tune your model on your data with a safety policy", "safeshape.verbs.train"),
     "score": ("score every partial answer of a dataset with a guard", "safeshape.verbs.score"),
-    "eval": ("measure safety and ability of a model on public suites or your own", "safeshape.verbs.eval"),
     "report": ("turn results into tables, figures, a page and a safety card", "safeshape.verbs.report"),
     "attack": ("poison fine-tuning data or attack prompts, to test a defence", "safeshape.verbs.attack"),
     "judge": ("rate the harm of every answer from 1 to 5 with a judge", "safeshape.verbs.judge"),

@@ -205,7 +205,8 @@ def test_other_verbs_refuse_bad_settings(argv, message, capsys):
 def test_world_lists_what_is_shipped(capsys, tmp_path):
     assert main(["world"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["world:llama", "world:qwen3", "world:phi3", "world:guard"]
+    shown = ["world:llama", "world:qwen3", "world:phi3", "world:llama-base", "world:guard"]
+    assert [line.split()[0] for line in lines] == shown
     assert all((Path(line.split()[1]) / "model.safetensors").exists() for line in lines)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

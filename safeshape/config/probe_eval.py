@@ -15,7 +15,7 @@ from safeshape.config.probe_fit import layers_of, numbers
 class ProbeEvalConfig:
     """Measure activation probes as a sceptic would: data sets and categories left out, beside a bag of words.
 
-    Sets and models stand in a YAML file: `safeshape probe eval --config recipes/probe-public.yaml --data_folder ...`.
+    Sets and models stand in a YAML file: `safeshape probe eval --config recipes/probe/public.yaml --data_folder ...`.
     """
 
     model: list[str] = option(help="models to read, one report each: folders, Hub ids, or world:llama")

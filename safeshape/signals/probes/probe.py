@@ -104,16 +104,8 @@ class Probe:
         auto = layers == "auto"
         fixed_mean = layer_pooling == "mean" and not auto and pooling != "auto" and len(places) > 1
         poolings: tuple[Pooling, ...] = POOLINGS if pooling == "auto" else (pooling,)
-        states = extract(
-            prompts,
-            reader,
-            layers=places,
-            poolings=poolings,
-            mean_layers=fixed_mean,
-            batch_size=batch_size,
-            store=store,
-            progress=progress,
-        )
+        read: dict[str, Any] = {"layers": places, "poolings": poolings, "mean_layers": fixed_mean}
+        states = extract(prompts, reader, **read, batch_size=batch_size, store=store, progress=progress)
         bank = Bank(states_BPDH=states, poolings=poolings, places=(0,) if fixed_mean else places)
         options = [Choice(pooling=p, layers=bank.places, layer_pooling=layer_pooling) for p in poolings]
         fitted = _fitted(bank, np.array(labels), groups, None if auto else options, C, calibrate, seed)
