@@ -62,6 +62,21 @@ def main(argv: Sequence[str]) -> str:
     )
 
 
+def _places(config: ProbeEvalConfig, reader: Any) -> tuple[int, ...]:
+    """The hidden states that are read."""
+    wanted = layers_of(config.layers)
+    return tuple(range(reader.depth)) if wanted == "all" else tuple(reader.place(int(one)) for one in wanted)
+
+
+def _folds(data: "Labelled", groups: Sequence[str], seed: int) -> list[Any]:
+    """Folds of the rows that may be trained on, whole groups apart."""
+    from safeshape.signals.probes.folds import Fold, group_folds
+
+    train = np.flatnonzero(data.trains)
+    found = group_folds(data.labels[train], [groups[row] for row in train], seed=seed)
+    return [Fold(fit=train[fold.fit], held_out=train[fold.held_out]) for fold in found]
+
+
 def measure(
     name: str, config: ProbeEvalConfig, data: "Labelled", store: "Store", progress: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
@@ -70,7 +85,7 @@ def measure(
     from safeshape.signals.probes.evaluation import evaluate, shuffled_control, summary
     from safeshape.signals.probes.features import extract
     from safeshape.signals.probes.fitting import C_GRID
-    from safeshape.signals.probes.folds import Fold, group_folds
+    from safeshape.signals.probes.folds import Fold
     from safeshape.signals.probes.methods import BagOfWords, ProbeMethod
     from safeshape.signals.probes.protocol import units
     from safeshape.signals.probes.reading import POOLINGS, load_model, open_reader, verify
@@ -81,22 +96,14 @@ def measure(
 
     reader = open_reader(*load_model(model_path(name), dtype=config.dtype, device=config.device))
     verify(reader)
-    wanted, shown = layers_of(config.layers), display(name)
-    places = tuple(range(reader.depth)) if wanted == "all" else tuple(reader.place(int(one)) for one in wanted)
+    places, shown = _places(config, reader), display(name)
     poolings = POOLINGS if config.pooling == "auto" else (config.pooling,)
 
     def told(what: str) -> Callable[[int, int], None]:
         return lambda done, total: progress(f"{shown}: {what}", done, total)
 
-    states = extract(
-        data.prompts,
-        reader,
-        store=store,
-        layers=places,
-        poolings=poolings,
-        batch_size=config.batch_size,
-        progress=told("prompts read"),
-    )
+    how: dict[str, Any] = {"layers": places, "poolings": poolings, "batch_size": config.batch_size}
+    states = extract(data.prompts, reader, store=store, **how, progress=told("prompts read"))
     bank, groups = Bank(states_BPDH=states, poolings=poolings, places=places), groups_of(data)
     probe = ProbeMethod(bank=bank, labels=data.labels, groups=groups, grid=C_GRID, seed=config.seed)
     bag = BagOfWords(texts=data.texts, labels=data.labels, groups=groups, seed=config.seed)
@@ -121,11 +128,7 @@ def measure(
         seed=config.seed,
         progress=told("read under a system prompt"),
     )
-    train = np.flatnonzero(data.trains)
-    folds = [
-        Fold(fit=train[fold.fit], held_out=train[fold.held_out])
-        for fold in group_folds(data.labels[train], [groups[row] for row in train], seed=config.seed)
-    ]
+    folds = _folds(data, groups, config.seed)
     split = Fold(fit=first.fit, held_out=first.asked)
     return {
         "model": shown,
