@@ -7,6 +7,7 @@ import hashlib
 import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from safeshape.config.judge import judge_kind
@@ -134,7 +135,7 @@ def load_judge(spec: str | Mapping[str, Any], **settings: Any) -> Judging:
 def _oracle(spec: str, settings: Mapping[str, Any]) -> OracleJudge:
     rate = spec.partition(":")[2]
     try:
-        return OracleJudge(*([float(rate)] if rate else []), **settings)
+        return partial(OracleJudge, float(rate))(**settings) if rate else OracleJudge(**settings)
     except TypeError as error:
         raise ValueError(f"judge {spec!r}: {error}") from error
     except ValueError as error:

@@ -49,7 +49,7 @@ def taught_model(tokenizer, rows, answers):
         sum(losses).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if max(losses) < 0.02:
+        if max(losses) < 0.05:
             break
     return model
 
