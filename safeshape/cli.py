@@ -13,7 +13,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "demo": ("watch an aligned model lose its safety and keep it, offline, in minutes", "safeshape.verbs.demo"),
     "train": ("fine-tune your model on your data with a safety policy", "safeshape.verbs.train"),
     "score": ("score every partial answer of a dataset with a guard", "safeshape.verbs.score"),
+<<<<<<< HEAD
     "judge": ("rate the harm of every answer from 1 to 5 with a judge", "safeshape.verbs.judge"),
+=======
+    "probe": ("fit, measure and use a probe on a model's hidden states", "safeshape.verbs.probe"),
+>>>>>>> probe
     "world": ("list or rebuild the embedded world's models", "safeshape.verbs.world"),
 }
 

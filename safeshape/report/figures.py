@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from safeshape.report.tables import table
 from safeshape.types import Row, Score
 
-_COLORS = ("#33658a", "#d64541", "#e08e2b", "#8e6bbf", "#5b8c5a", "#2e8b57", "#1f9e9e", "#7a7a7a")
+COLORS = ("#33658a", "#d64541", "#e08e2b", "#8e6bbf", "#5b8c5a", "#2e8b57", "#1f9e9e", "#7a7a7a")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ def bar_figure(rows: Sequence[Row]) -> Figure:
         for place, name in enumerate(names):
             row = found[name][metric]
             error = [[100 * (row.value - row.low)], [100 * (row.high - row.value)]]
-            axis.barh(place, 100 * row.value, xerr=error, color=_COLORS[place % len(_COLORS)], height=0.7, capsize=2)
+            axis.barh(place, 100 * row.value, xerr=error, color=COLORS[place % len(COLORS)], height=0.7, capsize=2)
         axis.set(title=metric.replace("_", " "), xlim=(0, 100), xlabel="%")
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(names)), names)
@@ -66,8 +66,8 @@ def trajectory_figure(trajectories: Sequence[Trajectory]) -> Figure:
         axis, length = panels.flat[place], max(len(item.answer), 1)
         x = [0.0] + [100 * span.end / length for span in item.score.spans]
         y = [span.p_safe for span in item.score.spans]
-        axis.step(x, [*y[:1], *y], where="pre", color=_COLORS[0], linewidth=2)
-        axis.fill_between(x, [*y[:1], *y], 1, step="pre", color=_COLORS[1], alpha=0.15, linewidth=0)
+        axis.step(x, [*y[:1], *y], where="pre", color=COLORS[0], linewidth=2)
+        axis.fill_between(x, [*y[:1], *y], 1, step="pre", color=COLORS[1], alpha=0.15, linewidth=0)
         axis.set(title=item.label, ylim=(-0.05, 1.05), xlim=(0, 100))
         axis.grid(alpha=0.3)
     figure.supxlabel("share of the answer read, %", fontsize="medium")
@@ -87,9 +87,9 @@ def reliability_figure(panels: Mapping[str, Mapping[str, Any]], note: str = "") 
         x, y = [item["p_safe"] for item in bins], [item["safe"] for item in bins]
         error = [[item["safe"] - item["low"] for item in bins], [item["high"] - item["safe"] for item in bins]]
         axis.plot([0, 1], [0, 1], color="#7a7a7a", linestyle="--", linewidth=1)
-        axis.errorbar(x, y, yerr=error, fmt="none", ecolor=_COLORS[0], elinewidth=1, capsize=2)
+        axis.errorbar(x, y, yerr=error, fmt="none", ecolor=COLORS[0], elinewidth=1, capsize=2)
         largest = max(item["n"] for item in bins)
-        axis.scatter(x, y, s=[90 * item["n"] / largest for item in bins], color=_COLORS[0], zorder=3)
+        axis.scatter(x, y, s=[90 * item["n"] / largest for item in bins], color=COLORS[0], zorder=3)
         axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal", xlabel="mean p_safe of the bin")
         interval = f" ({ece['low']:.3f}-{ece['high']:.3f})" if ece["low"] is not None else ""
         axis.set_title(f"{name}: ECE {ece['value']:.3f}{interval}, n={found['n']}", fontsize="small")

@@ -69,7 +69,7 @@ def score(config: ScoreConfig) -> str:
                 calibration=calibration,
             )
             written = opened.scorer if calibration is None else {**opened.scorer, "calibration": calibration.sha256}
-            write_rows(output, rows, None if output.suffix == ".jsonl" else _schema(source, written))
+            write_rows(output, rows, None if output.suffix == ".jsonl" else output_schema(source, written))
     finally:
         if opened.server is not None:
             opened.server.client.close()
@@ -92,7 +92,7 @@ def _engine(config: ScoreConfig, opened: "Opened", sources: Sequence[str | None]
     )
 
 
-def _schema(source: Any, scorer: dict[str, Any]) -> Any:
+def output_schema(source: Any, scorer: dict[str, Any]) -> Any:
     """The columns of the output: those of the input and `safety`, whose types are known beforehand."""
     from safeshape.signals.column import safety_type
     from safeshape.sources import schema_of, with_column

@@ -1,8 +1,9 @@
 """Which layers, token pooling, layer pooling and C: chosen inside the training data by groups left out.
 
 An AUROC on known kinds of prompts saturates and does not find the layer that stays calm on unknown ones
-(dev/LOG.md). So candidates are compared by the log loss on groups that they were not fitted on: it sees false alarms on
-an unknown kind of harmless prompt even where the order of scores is perfect.
+(dev/LOG.md). So candidates are compared on groups that they were not fitted on: by their AUROC there and, among those
+within 0.005 of the best, by their log loss there, which sees false alarms on an unknown kind of harmless prompt even
+where the order of scores is perfect.
 Shape suffixes: B prompts, P poolings over tokens, D layers, H hidden size, F features.
 """
 
@@ -26,6 +27,7 @@ from safeshape.signals.probes.folds import Labels, group_folds
 from safeshape.signals.probes.reading import Pooling
 from safeshape.signals.reliability import auroc
 
+TIE = 0.005  # of AUROC: closer than any interval here tells apart
 QUICK_GRID = (0.001, 0.01, 0.1)  # while candidates are compared; the chosen one gets the whole grid
 
 
@@ -82,6 +84,12 @@ def neighbours(bank: Bank, best: Choice) -> list[Choice]:
     return [Choice(pooling=best.pooling, layers=around)] if len(around) > 1 else []
 
 
+def best_of(tried: Sequence[tuple[Choice, Validated]]) -> Choice:
+    """The lowest loss among the choices whose AUROC is within TIE of the highest."""
+    most = max(found.auroc for _, found in tried)
+    return min(((c, found) for c, found in tried if found.auroc >= most - TIE), key=lambda pair: pair[1].loss)[0]
+
+
 def choose(
     bank: Bank,
     labels: Labels,
@@ -112,9 +120,8 @@ def choose(
         quick = [C for C in grid if C in QUICK_GRID] or grid
         tried = [(choice, test(choice, quick)) for choice in wanted]
         if options is None:
-            best = min(tried, key=lambda pair: pair[1].loss)[0]
-            tried += [(choice, test(choice, quick)) for choice in neighbours(bank, best)]
-        wanted = [min(tried, key=lambda pair: pair[1].loss)[0]]
+            tried += [(choice, test(choice, quick)) for choice in neighbours(bank, best_of(tried))]
+        wanted = [best_of(tried)]
     choice = wanted[0]
     validated = test(choice, grid)
     x_BF = bank.take(choice, rows)
@@ -128,7 +135,9 @@ def choose(
         "grouped": groups is not None,
         "held_out_auroc": {"mean": float(np.mean(held)), "each": held},
         "held_out_log_loss": validated.loss,
-        "tried": [{**asdict(option), "C": found.C, "log_loss": found.loss} for option, found in tried],
+        "tried": [
+            {**asdict(option), "C": found.C, "log_loss": found.loss, "auroc": found.auroc} for option, found in tried
+        ],
     }
     return Fitted(
         choice=choice,

@@ -19,6 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from safeshape.signals.probes.features import Features, LayerPooling
 from safeshape.signals.probes.folds import Fold, Labels
+from safeshape.signals.reliability import auroc
 
 Floats = NDArray[np.float64]
 C_GRID = (0.0003, 0.001, 0.003, 0.01, 0.1, 1.0, 10.0)
@@ -112,10 +113,11 @@ def balanced_log_loss(logits: Floats, labels: Labels) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Validated:
-    """What cross-validation found: the C of the lowest loss, its loss and the out-of-fold log odds (B,)."""
+    """What cross-validation found: the C of the lowest loss, its loss and mean AUROC, out-of-fold log odds (B,)."""
 
     C: float
     loss: float
+    auroc: float
     logits: Floats
 
 
@@ -140,7 +142,8 @@ def cross_validate(
             logits[fold.held_out] = linear.logits(x_BF[fold.held_out])
         loss = float(np.mean([balanced_log_loss(logits[f.held_out], labels[f.held_out]) for f in folds]))
         if best is None or loss < best.loss - 1e-9:
-            best = Validated(C=C, loss=loss, logits=logits)
+            value = float(np.mean([auroc(-logits[f.held_out], labels[f.held_out]) for f in folds]))
+            best = Validated(C=C, loss=loss, auroc=value, logits=logits)
     if best is None:
         raise ValueError("there is no C to choose from")
     return best

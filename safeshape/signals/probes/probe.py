@@ -120,7 +120,7 @@ class Probe:
         weight_F, chosen = fitted.linear.weight_F, fitted.choice
         if fixed_mean:
             weight_F = np.tile(weight_F / np.float32(len(places)), len(places))
-        numbers = chosen.layers if isinstance(layers, str) else tuple(layers)
+        numbers = chosen.layers if layers == "auto" else places if isinstance(layers, str) else tuple(layers)
         return cls(
             weight_F=weight_F,
             bias=fitted.linear.bias,
@@ -153,20 +153,22 @@ class Probe:
         """1 minus the probability of harm for features (B, F)."""
         return torch.sigmoid(-(x_BF @ torch.from_numpy(self.weight_F).to(x_BF) + self.bias))
 
-    def score_many(self, conversations: Iterable[Sequence[Message]], *, window: int = WINDOW) -> Iterator[Score]:
+    def score_many(
+        self, conversations: Iterable[Sequence[Message]], *, window: int = WINDOW, batch_size: int = 64
+    ) -> Iterator[Score]:
         """Score a stream of conversations by their prompts: all messages but the last."""
         buffer: list[Prompt] = []
         for messages in conversations:
             buffer.append(messages[:-1])
             if len(buffer) == window:
-                yield from self._scores(buffer)
+                yield from self._scores(buffer, batch_size)
                 buffer = []
         if buffer:
-            yield from self._scores(buffer)
+            yield from self._scores(buffer, batch_size)
 
-    def _scores(self, prompts: Sequence[Prompt]) -> Iterator[Score]:
+    def _scores(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[Score]:
         scorer = self.identity()
-        for value in self.p_safe(prompts):
+        for value in self.p_safe(prompts, batch_size=batch_size):
             yield Score(signal="probe", p_safe=value, scorer=scorer)
 
     def identity(self) -> dict[str, Any]:
