@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from safeshape.losses import log_softmax
-from safeshape.models import Head, add_shaped_forward, evaluation_mode, project, read_head
+from safeshape.models import Head, evaluation_mode, project, read_head
 from safeshape.models.generation import Conversation
 from safeshape.models.reference import causal_model
 
@@ -143,8 +142,6 @@ def sequence_kl(
     Errors: ValueError where the output layer as read does not give a model's own logits, or the policy knows tokens
     that the reference does not.
     """
-    for model in (policy, reference):
-        add_shaped_forward(causal_model(model))
     order = sorted(range(len(samples)), key=lambda place: len(samples[place].prompt_ids + samples[place].answer_ids))
     sums = [0.0] * len(samples)
     with torch.inference_mode(), evaluation_mode(policy), evaluation_mode(reference):
@@ -201,11 +198,10 @@ def _inputs(model: nn.Module, samples: Sequence[Sample]) -> tuple[dict[str, torc
 
 def _states(model: nn.Module, samples: Sequence[Sample]) -> tuple[torch.Tensor, Head]:
     forward, answer_BT = _inputs(model, samples)
-
-    def shaped(causal: PreTrainedModel, output: BaseModelOutputWithPast) -> dict[str, torch.Tensor]:
-        return {"hidden": output.last_hidden_state[:, :-1][answer_BT]}
-
-    return model(**forward, shaped=shaped)["hidden"], read_head(causal_model(model))
+    causal = causal_model(model)
+    # The decoder alone: adapters are within its layers, and the model's own forward would build all logits.
+    states_BLH = causal.base_model(**forward, use_cache=False).last_hidden_state
+    return states_BLH[:, :-1][answer_BT], read_head(causal)
 
 
 def _check_head(model: nn.Module, sample: Sample) -> None:

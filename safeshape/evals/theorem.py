@@ -318,7 +318,9 @@ def as_text(found: Theorem) -> str:
         "Harm(theta) is bounded by Harm(ref) plus",
     ]
     for item in found.bounds:
-        verdict = "VACUOUS: at least 1, true of every model" if item.vacuous else "below 1"
+        verdict = "VACUOUS: at least 1, true of every model"
+        if not item.vacuous:
+            verdict = f"below 1 by {1 - item.bound:.2g}" + (", which says next to nothing" if item.bound > 0.95 else "")
         unsure = "" if item.vacuous or item.high < 1 else " (but not at the upper ends of the intervals)"
         lines.append(f"  {item.form:20} = {item.gap:.4g}, so by {item.bound:.4g}: {verdict}{unsure}")
     taus = list(dict.fromkeys(miss.tau for miss in found.misses))

@@ -1,4 +1,4 @@
-"""What happens between the trainer's steps."""
+"""Updates that are rounding noise, and what must wait until weights are sharded."""
 
 from collections.abc import Callable
 from typing import Any
