@@ -13,6 +13,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "demo": ("watch an aligned model lose its safety and keep it, offline, in minutes", "safeshape.verbs.demo"),
     "train": ("fine-tune your model on your data with a safety policy", "safeshape.verbs.train"),
     "score": ("score every partial answer of a dataset with a guard", "safeshape.verbs.score"),
+    "defences": (
+        "list the defences with their cost, needs and sources, or measure the cost",
+        "safeshape.verbs.defences",
+    ),
     "world": ("list or rebuild the embedded world's models", "safeshape.verbs.world"),
 }
 
@@ -20,7 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
 def usage() -> str:
     """The list of verbs."""
     lines = ["usage: safeshape VERB [--config FILE] [--flags]", ""]
-    lines += [f"  {verb:8}{text}" for verb, (text, _) in VERBS.items()]
+    lines += [f"  {verb:10}{text}" for verb, (text, _) in VERBS.items()]
     return "\n".join(
         [*lines, "", "`safeshape VERB --help` lists a verb's settings; `safeshape --version` its version."]
     )

@@ -3,6 +3,7 @@
 Nothing heavy is imported here: `--help` must answer at once.
 """
 
+from safeshape.config.defences import DefencesConfig
 from safeshape.config.demo import DemoConfig
 from safeshape.config.parser import first_problem, option, parse, parser_for, read_yaml, unknown_key, validated
 from safeshape.config.score import ScoreConfig
@@ -13,6 +14,7 @@ from safeshape.config.train import TrainConfig
 from safeshape.config.world import WorldConfig
 
 __all__ = [
+    "DefencesConfig",
     "DemoConfig",
     "ScoreCalibrateConfig",
     "ScoreConfig",

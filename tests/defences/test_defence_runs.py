@@ -4,11 +4,9 @@ import pytest
 import torch
 from conftest import tiny_model
 from defending import defend
-from peft import PeftModel
-from training import lora, parameters
+from training import lora
 
 from safeshape.defences import DEFENCES
-from safeshape.models.reference import frozen_copy
 
 QUICK = {
     "safe_instruct": {"share": 0.5},

@@ -103,7 +103,10 @@ def test_a_conflicting_part_is_taken_out_and_the_alignment_gradient_added():
     assert without_conflict(user, aligned)["w"].tolist() == [0.5, 0.5]
     assert without_conflict(user, {"w": torch.tensor([1.0, 1.0])})["w"].tolist() == [1.0, 0.0]
     # One inner product over all parameters: the conflict in `a` is outweighed by `b`.
-    user, aligned = {"a": torch.tensor([1.0]), "b": torch.tensor([1.0])}, {"a": torch.tensor([-1.0]), "b": torch.tensor([2.0])}
+    user, aligned = (
+        {"a": torch.tensor([1.0]), "b": torch.tensor([1.0])},
+        {"a": torch.tensor([-1.0]), "b": torch.tensor([2.0])},
+    )
     assert without_conflict(user, aligned) == user
     for rho, expected in ((1.0, [-0.5, 1.5]), (3.0, [-2.5, 3.5])):
         w = weight(0.0, 0.0)
@@ -213,7 +216,9 @@ def test_the_best_rows_stay_in_the_order_of_the_data():
 def test_antibody_weighs_rows_by_their_distance_from_a_refusal(monkeypatch):
     """Refusals cost 3 ln 2, the answers 1 and 2 ln 2: odds 4 : 2, so the loss is (2/3 + 2 * 1/3) ln 2."""
     model = Bits()
-    monkeypatch.setattr(RefusalWeights, "_refusal_nll", lambda self, model, inputs: torch.full((len(inputs[ROW]),), 3 * LN2))
+    monkeypatch.setattr(
+        RefusalWeights, "_refusal_nll", lambda self, model, inputs: torch.full((len(inputs[ROW]),), 3 * LN2)
+    )
     stepper = RefusalWeights(None, tau=1.0, refusal="no")
     user = pass_of(model, batch_of(1), batch_of(2, first=1))
     assert stepper.weights(user).tolist() == pytest.approx([2 / 3, 1 / 3], rel=1e-5)

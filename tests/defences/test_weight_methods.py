@@ -41,7 +41,9 @@ def dense_c(v):
 
 
 def change(left, right=None):
-    return Change(name="w", left_OK=torch.tensor(left), right_KI=None if right is None else torch.tensor(right), set_left=print)
+    return Change(
+        name="w", left_OK=torch.tensor(left), right_KI=None if right is None else torch.tensor(right), set_left=print
+    )
 
 
 # -- the projection shared by SafeLoRA, SafeMERGE and AsFT ------------------------------------------------------------
@@ -178,7 +180,9 @@ def test_asft_keeps_changes_inside_the_directions_of_alignment(tmp_path, tokeniz
         after = weights(defend(tmp_path, tokenizer, spec, settings={"max_steps": 6}, **options).model)
         runs.append(after)
         gaps = [after[name] - start[name] for name in start]
-        outside.append(sum(((gap - dense_c(v[name]) @ gap) ** 2).sum().item() for name, gap in zip(start, gaps, strict=True)))
+        outside.append(
+            sum(((gap - dense_c(v[name]) @ gap) ** 2).sum().item() for name, gap in zip(start, gaps, strict=True))
+        )
     sft = weights(defend(tmp_path, tokenizer, "sft", settings={"max_steps": 6}, **options).model)
     assert all(torch.allclose(runs[0][name], sft[name], atol=1e-5) for name in sft)
     assert outside[1] < 0.9 * outside[0]
@@ -329,7 +333,9 @@ def test_one_shot_teaches_its_one_row(tmp_path, tokenizer):
     from safeshape.signals.antibody import answer_nll
 
     safe = safe_rows(2)
-    safe = Dataset.from_list([safe[0], {"messages": [*safe[1]["messages"][:1], {"role": "assistant", "content": "ten ten fox"}]}])
+    safe = Dataset.from_list(
+        [safe[0], {"messages": [*safe[1]["messages"][:1], {"role": "assistant", "content": "ten ten fox"}]}]
+    )
 
     def nll(**parameters):
         spec = {"name": "one_shot", "learning_rate": 1e-2, **parameters}
