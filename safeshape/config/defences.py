@@ -20,6 +20,7 @@ class DefencesConfig:
     steps: int = option(20, help="measure: updates per defence")
     batch_size: int = option(8, help="measure: rows per update")
     seed: int = option(0, help="measure: seed of data and training")
+    repeats: int = option(2, help="measure: runs per defence, of which the fastest counts")
     only: list[str] | None = option(None, help="measure: these defences instead of all")
 
     def __post_init__(self) -> None:
@@ -29,5 +30,7 @@ class DefencesConfig:
             raise ValueError("costs is for list; measure writes to output")
         if self.steps < 2:
             raise ValueError(f"steps must be at least 2, got {self.steps}")
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")

@@ -11,7 +11,15 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from trl import SFTConfig
 
 from safeshape.defences.nested import messages_only
@@ -53,10 +61,42 @@ def short(spec: str) -> dict[str, Any]:
     return {"name": spec, **({"epochs": 1} if spec == "seal" else {})}
 
 
+def clock() -> float:
+    """Seconds: of this process's work on a CPU, which what else the machine does hardly changes; wall on a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+class Stopwatch(TrainerCallback):  # type: ignore[misc]
+    """Times the updates of a run."""
+
+    def __init__(self) -> None:
+        self.begun, self.seconds, self.updates = 0.0, 0.0, 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called before the first update."""
+        self.begun = clock()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called after the last."""
+        self.seconds, self.updates = clock() - self.begun, state.global_step
+
+    @property
+    def per_update(self) -> float:
+        """Seconds per update."""
+        return self.seconds / self.updates
+
+
 def _fine_tuning(bench: Bench, name: str) -> tuple[float, float]:
     """Seconds per update, and seconds of everything else."""
-    begun = time.perf_counter()
-    ended = run_defence(
+    watch, begun = Stopwatch(), clock()
+    run_defence(
         short(name),
         bench.model(),
         bench.tokenizer,
@@ -65,16 +105,17 @@ def _fine_tuning(bench: Bench, name: str) -> tuple[float, float]:
         base=bench.base(),
         safe_data=bench.safe_data,
         harmful_data=bench.harmful_data,
+        callbacks=[watch],
+        quiet=True,
     )
-    total, trainer = time.perf_counter() - begun, ended.trainer
-    running = float(trainer.state.log_history[-1]["train_runtime"])
-    return running / trainer.state.global_step, total - running
+    return watch.per_update, clock() - begun - watch.seconds
 
 
 def _alignment(bench: Bench, defence: Defence) -> float:
     """Seconds per update of the alignment run."""
     args = bench.args()
     context = Context(tokenizer=bench.tokenizer, args=args, safe_data=bench.safe_data, harmful_data=bench.harmful_data)
+    watch = Stopwatch()
     trainer = DefendedTrainer(
         bench.model(),
         args,
@@ -83,13 +124,15 @@ def _alignment(bench: Bench, defence: Defence) -> float:
         policy="sft",
         stepper=None if defence.stepper is None else defence.stepper(context),
         harmful_data=bench.harmful_data,
+        callbacks=[watch],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return float(trainer.state.log_history[-1]["train_runtime"]) / trainer.state.global_step
+    return watch.per_update
 
 
 def measure(
-    bench: Bench, names: Sequence[str], *, repeats: int = 3, progress: Callable[[int, int], None] = lambda d, t: None
+    bench: Bench, names: Sequence[str], *, repeats: int, progress: Callable[[int, int], None] = lambda d, t: None
 ) -> dict[str, Cost]:
     """The cost of each defence, from the fastest of `repeats` runs of it and of plain fine-tuning.
 

@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safeshape.config import DefencesConfig, parse
 
 _NOTE = (
-    "cost: time of an update over that of plain fine-tuning, in the run that the defence changes (the alignment run for "
-    "the stage alignment);\n+ once: its work outside of that run, in updates of plain fine-tuning. "
+    "cost: time of an update over that of plain fine-tuning, in the run that the defence changes (for the stage "
+    "alignment the alignment run);\n+ once: its work outside of that run, in updates of plain fine-tuning. "
 )
 
 
@@ -45,8 +46,14 @@ def _measured(config: DefencesConfig) -> str:
     names = [name for name in DEFENCES if config.only is None or name in config.only]
     with bars() as progress:
         timed = bench(config.family, steps=config.steps, batch_size=config.batch_size, seed=config.seed)
-        costs = measure(timed, names, progress=lambda done, total: progress("defences timed", done, total))
-    facts: dict[str, Any] = {"family": config.family, "steps": config.steps, "batch_size": config.batch_size}
+        shown = partial(progress, "defences timed")
+        costs = measure(timed, names, repeats=config.repeats, progress=shown)
+    facts: dict[str, Any] = {
+        "family": config.family,
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "repeats": config.repeats,
+    }
     path = Path(config.output or "")
     path.write_text(json.dumps(record(costs, **facts, seed=config.seed), indent=1) + "\n")
     return f"Wrote the costs of {len(costs)} defences, measured on the embedded world, to {path}"
