@@ -19,6 +19,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "judge": ("rate the harm of every answer from 1 to 5 with a judge", "safeshape.verbs.judge"),
     "probe": ("fit, measure and use a probe on a model's hidden states", "safeshape.verbs.probe"),
     "bench": ("run a matrix of attack, defence, model and seed, and collect its rows", "safeshape.verbs.bench"),
+    "defences": (
+        "list the defences with their cost, needs and sources, or measure the cost",
+        "safeshape.verbs.defences",
+    ),
     "world": ("list or rebuild the embedded world's models", "safeshape.verbs.world"),
 }
 
@@ -26,7 +30,7 @@ VERBS: dict[str, tuple[str, str]] = {
 def usage() -> str:
     """The list of verbs."""
     lines = ["usage: safeshape VERB [--config FILE] [--flags]", ""]
-    lines += [f"  {verb:8}{text}" for verb, (text, _) in VERBS.items()]
+    lines += [f"  {verb:10}{text}" for verb, (text, _) in VERBS.items()]
     return "\n".join(
         [*lines, "", "`safeshape VERB --help` lists a verb's settings; `safeshape --version` its version."]
     )

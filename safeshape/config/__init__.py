@@ -4,6 +4,7 @@ Nothing heavy is imported here: `--help` must answer at once.
 """
 
 from safeshape.config.attack import AttackConfig
+from safeshape.config.defences import DefencesConfig
 from safeshape.config.demo import DemoConfig
 from safeshape.config.eval import EvalConfig
 from safeshape.config.eval_theorem import EvalTheoremConfig
@@ -24,6 +25,7 @@ from safeshape.config.world import WorldConfig
 
 __all__ = [
     "AttackConfig",
+    "DefencesConfig",
     "DemoConfig",
     "EvalConfig",
     "EvalTheoremConfig",

@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PrinterCallback
 from trl import SFTConfig
 
 from safeshape.data import as_messages
@@ -69,6 +69,7 @@ def trained_on(
         safe_data=context.safe_data,
         harmful_data=context.harmful_data,
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     found: Model = trainer.model
     return found

@@ -3,6 +3,7 @@
 import copy
 
 from datasets import Dataset
+from transformers import PrinterCallback
 
 from safeshape.defences.nested import messages_only, nested_settings
 from safeshape.defences.records import Context, Defence, Model, required, within
@@ -42,6 +43,7 @@ def one_shot(*, row: int = 0, epochs: int = 10, learning_rate: float = 2e-5) -> 
             processing_class=copy.deepcopy(context.tokenizer),
             policy="sft",
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         found: Model = trainer.model
         return found

@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftConfig
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig
 
 from safeshape.defences.nested import merged, messages_only, nested_settings, own_copy
@@ -69,11 +69,12 @@ def run_defence(
     harmful_data: Dataset | None = None,
     peft_config: PeftConfig | None = None,
     resume_from_checkpoint: str | bool | None = None,
+    quiet: bool = False,
     **options: Any,
 ) -> Defended:
     """Fine-tune `model`, which is moved, on the user's rows under a defence.
 
-    `options`: further settings of SafeTrainer. `resume_from_checkpoint`: as there; what came before fine-tuning is done
+    `options`: further settings of SafeTrainer. `quiet`: nothing is printed where progress bars are off. `resume_from_checkpoint`: as there; what came before fine-tuning is done
     again, except that a model hardened in an alignment stage is read back from `hardened` in the output folder.
     Errors: ValueError in one sentence.
     """
@@ -97,6 +98,8 @@ def run_defence(
     rows = train_dataset if defence.prepare is None else defence.prepare(train_dataset, context)
     context = replace(context, user_data=rows)
     trainer = _trainer(defence, model, context, options)
+    if quiet:
+        trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     if trainer.stepper is not None:
         trainer.stepper.finish(trainer.model)
@@ -125,7 +128,7 @@ def _stepper(defence: Defence, context: Context, *, alignment: bool) -> Stepper 
 
 
 def _trainer(defence: Defence, model: PreTrainedModel, context: Context, options: Mapping[str, Any]) -> DefendedTrainer:
-    freeze = defence.freeze
+    freeze, own = defence.freeze, [] if defence.callbacks is None else defence.callbacks(context)
     return DefendedTrainer(
         model,
         context.args,
@@ -133,13 +136,13 @@ def _trainer(defence: Defence, model: PreTrainedModel, context: Context, options
         processing_class=context.tokenizer,
         peft_config=context.peft_config,
         policy=defence.policy,
-        callbacks=None if defence.callbacks is None else defence.callbacks(context),
+        callbacks=[*own, *options.get("callbacks", ())],
         stepper=_stepper(defence, context, alignment=False),
         safe_data=context.safe_data if "safe_data" in defence.needs else None,
         harmful_data=context.harmful_data if "harmful_data" in defence.needs else None,
         freeze=None if freeze is None else lambda trained: freeze(trained, context),
         defence={"name": defence.name, **defence.parameters},
-        **options,
+        **{name: value for name, value in options.items() if name != "callbacks"},
     )
 
 
@@ -160,6 +163,7 @@ def _hardened(defence: Defence, model: PreTrainedModel, context: Context) -> Pre
         stepper=_stepper(defence, context, alignment=True),
         harmful_data=context.harmful_data if "harmful_data" in defence.needs else None,
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     whole = own_copy(merged(trainer.model))
     whole.save_pretrained(folder)

@@ -253,9 +253,7 @@ def test_input_norms_leave_padding_out(tmp_path, tokenizer):
     for size in (1, 4):
         squares = torch.zeros(32)
         context = Context(tokenizer=tokenizer, args=config(tmp_path, per_device_train_batch_size=size))
-        read_inputs(
-            model, layers, harmful_rows(), context, 6, lambda name, x, squares=squares: squares.add_(x.square().sum(0))
-        )
+        read_inputs(model, layers, harmful_rows(), context, 6, lambda name, x, to=squares: to.add_(x.square().sum(0)))
         found.append(squares)
     assert torch.allclose(*found, rtol=1e-4)
     fewer = torch.zeros(32)
