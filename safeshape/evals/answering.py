@@ -115,7 +115,7 @@ class LocalModel:
 class ServerModel:
     """A model behind an OpenAI-compatible chat server. `request`: further fields of every request.
 
-    What the server has behind the name cannot be seen from here: address, name and what it lists of it are the identity.
+    What the server has behind the name cannot be seen from here: address, name and what it lists are the identity.
     """
 
     def __init__(self, client: Client, *, request: Mapping[str, Any] | None = None) -> None:

@@ -45,7 +45,9 @@ def _column(found: Found, *names: str) -> str:
     return names[0]
 
 
-def _simple(found: Found, *, kind: Kind, prompt: Sequence[str], category: Sequence[str] = (), part: str = "") -> list[Item]:
+def _simple(
+    found: Found, *, kind: Kind, prompt: Sequence[str], category: Sequence[str] = (), part: str = ""
+) -> list[Item]:
     """Suites of one request a row. The first of the columns named is the published file's own."""
     asked = _column(found, *prompt)
     under = _column(found, *category) if category else None
@@ -275,7 +277,9 @@ def arc(found: Found) -> list[Item]:
         elif choices:
             labels, texts = [choice["label"] for choice in choices], [choice["text"] for choice in choices]
         else:
-            raise ValueError(f"{found.where}: row {number} has no choices; expected columns: question, choices, answerKey")
+            raise ValueError(
+                f"{found.where}: row {number} has no choices; expected columns: question, choices, answerKey"
+            )
         if row["answerKey"] not in labels:
             raise ValueError(f"{found.where}: row {number}: answerKey is not among the labels")
         items.append(
@@ -322,7 +326,7 @@ def sql_create_context(found: Found) -> list[Item]:
 
 
 def own(kind: Kind) -> Reader:
-    """A user's own file: `messages` or `prompt`, with `category`, `reference`, `id` and `prompt_index` where it has them.
+    """A user's own file: `messages` or `prompt`; `category`, `reference`, `id` and `prompt_index` where it has them.
 
     `prompt_index`, as `safeshape attack` writes it, says which rows are attempts at one request.
     """
@@ -337,9 +341,8 @@ def own(kind: Kind) -> Reader:
             elif "prompt" in row:
                 messages = _user(text(found, number, "prompt"))
             else:
-                raise ValueError(
-                    f"{found.where}: row {number} has no column 'messages' or 'prompt'; it has: {', '.join(map(str, row))}"
-                )
+                has = ", ".join(map(str, row))
+                raise ValueError(f"{found.where}: row {number} has no column 'messages' or 'prompt'; it has: {has}")
             if kind == "ability" and row.get("reference") is None:
                 raise ValueError(f"{found.where}: row {number} has no column 'reference', which is the right answer")
             group = row.get("prompt_index")

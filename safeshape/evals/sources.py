@@ -139,9 +139,7 @@ def read_mmlu_zip(path: Path) -> list[Found]:
                 if name.startswith("data/test/") and name.endswith("_test.csv"):
                     subject, where = Path(name).stem.removesuffix("_test"), f"{path}: {name}"
                     found.append(
-                        Found(
-                            where=where, part=subject, rows=_headerless(archive.read(name).decode(), where, columns)
-                        )
+                        Found(where=where, part=subject, rows=_headerless(archive.read(name).decode(), where, columns))
                     )
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is not a zip archive") from error
