@@ -294,7 +294,7 @@ def arc(found: Found) -> list[Item]:
 
 
 def truthfulqa(found: Found) -> list[Item]:
-    """MC1: one true choice. The published list puts it first, so the choices are shuffled, each question its own way."""
+    """MC1: one true choice. The published list puts it first; each question has its choices shuffled its own way."""
     needs(found, "question", "mc1_targets")
     items = []
     for number, row in enumerate(found.rows):
