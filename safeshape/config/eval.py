@@ -1,5 +1,6 @@
 """Settings of `safeshape eval`."""
 
+import json
 from dataclasses import field
 from typing import Any
 
@@ -7,6 +8,18 @@ from pydantic import field_validator
 from pydantic.dataclasses import dataclass
 
 from safeshape.config.parser import STRICT, option
+
+
+def _mapping(name: str, given: Any) -> dict[str, Any]:
+    """A JSON object from a flag, or a mapping from a file. Errors: ValueError that names the setting."""
+    if isinstance(given, str):
+        try:
+            given = json.loads(given) if given else {}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name} is not valid JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"{name} must be a JSON object")
+    return given
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -19,8 +32,8 @@ class EvalConfig:
 
     tasks: list[str] = field(
         metadata={
-            "help": "suites, by commas or blanks: advbench (from the Hub), advbench=FILE, xstest:safe (a part), "
-            "prompts=FILE (your own requests), world, world:attack_success, lm_eval:arc_easy, module:function; "
+            "help": "suites, separated by commas or blanks: advbench (from the Hub), advbench=FILE, xstest:safe (a "
+            "part), prompts=FILE (your own requests), world, world:attack_success, lm_eval:arc_easy, module:function; "
             "`safeshape eval list` lists the suites"
         }
     )
@@ -74,6 +87,7 @@ class EvalConfig:
         False, help="true: write samples.jsonl with prompts and answers, which may hold harmful text"
     )
     lm_eval_tasks: str | None = option(None, help="folder with YAML tasks of your own for lm_eval:NAME")
+    lm_eval_chat_template: bool = option(False, help="lm_eval: put questions into the model's chat template")
     num_fewshot: int | None = option(None, help="lm_eval: examples before each question (default: the task's own)")
 
     @field_validator("tasks", "scorers", mode="before")
@@ -85,6 +99,8 @@ class EvalConfig:
         return [part.strip() for name in given for part in name.split(",") if part.strip()]
 
     def __post_init__(self) -> None:
+        for name in ("request", "judge_settings"):
+            vars(self)[name] = _mapping(name, vars(self)[name])
         if not self.tasks:
             raise ValueError("tasks must be given")
         if len(set(self.tasks)) < len(self.tasks):

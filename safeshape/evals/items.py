@@ -294,7 +294,7 @@ def arc(found: Found) -> list[Item]:
 
 
 def truthfulqa(found: Found) -> list[Item]:
-    """MC1: one true choice. The published list puts it first, so each question's choices are shuffled."""
+    """MC1: one true choice. The published list puts it first; each question has its choices shuffled its own way."""
     needs(found, "question", "mc1_targets")
     items = []
     for number, row in enumerate(found.rows):
@@ -326,7 +326,7 @@ def sql_create_context(found: Found) -> list[Item]:
 
 
 def own(kind: Kind) -> Reader:
-    """A user's own file: `messages` or `prompt`, with `category`, `reference`, `id`, `prompt_index` where it has them.
+    """A user's own file: `messages` or `prompt`; `category`, `reference`, `id` and `prompt_index` where it has them.
 
     `prompt_index`, as `safeshape attack` writes it, says which rows are attempts at one request.
     """
@@ -341,9 +341,8 @@ def own(kind: Kind) -> Reader:
             elif "prompt" in row:
                 messages = _user(text(found, number, "prompt"))
             else:
-                raise ValueError(
-                    f"{found.where}: row {number} has no 'messages' or 'prompt'; it has: {', '.join(map(str, row))}"
-                )
+                has = ", ".join(map(str, row))
+                raise ValueError(f"{found.where}: row {number} has no column 'messages' or 'prompt'; it has: {has}")
             if kind == "ability" and row.get("reference") is None:
                 raise ValueError(f"{found.where}: row {number} has no column 'reference', which is the right answer")
             group = row.get("prompt_index")

@@ -13,7 +13,7 @@ import numpy as np
 from safeshape.evals.records import Measured
 from safeshape.evals.refusal import STYLES
 from safeshape.evals.scorers import Scorer, scorer_of
-from safeshape.stats import bootstrap, wilson
+from safeshape.stats import bootstrap, wilson, wilson_of_rate
 from safeshape.store import canonical
 from safeshape.types import Row
 
@@ -174,7 +174,8 @@ def _clustered(
 ) -> list[Result]:
     """The mean over answers with its bootstrap interval over requests; n is the number of answers.
 
-    One request says nothing of the spread: the interval is then everything that is possible.
+    Where all requests have the same mean, resampling sees no spread: the interval is then Wilson's for a rate at that
+    place between the bounds, which no variable within them can exceed in variance.
     """
     clusters = [[v for v in of if v is not None] for of in grouped(measured, values).values()]
     clusters = [cluster for cluster in clusters if cluster]
@@ -182,8 +183,11 @@ def _clustered(
     if not known:
         return []
     sums, sizes = np.array([sum(c) for c in clusters]), np.array([len(c) for c in clusters])
-    low, high = bounds
-    if len(clusters) > 1:
+    means, (least, most) = sums / sizes, bounds
+    if np.ptp(means) == 0:
+        place = (float(means[0]) - least) / (most - least)
+        low, high = (least + (most - least) * end for end in wilson_of_rate(place, len(clusters)))
+    else:
         low, high = bootstrap(lambda places: float(sums[places].sum() / sizes[places].sum()), np.arange(len(clusters)))
     row = _row(measured, run, metric, float(np.mean(known)), len(known), low, high)
     return [Result(row=row, failed=len(values) - len(known))]

@@ -240,6 +240,6 @@ def check_scorers(tasks: Sequence[Task], names: Mapping[str, Sequence[str]]) -> 
     for task in tasks:
         if task.kind in ("harmful", "benign", "decline") and not any(scorer_of(n).safety for n in names[task.name]):
             raise ValueError(
-                f"task {task.name!r} is measured by {', '.join(names[task.name])} alone; rules and references see "
-                "words, not harm: add judge, guard, refusal or strongreject"
+                f"task {task.name!r} would be measured by {', '.join(names[task.name])} alone; rules "
+                "and references see words, not harm: add judge, guard, refusal or strongreject"
             )

@@ -36,6 +36,7 @@ class Suite:
     leave_out: tuple[tuple[str, str], ...] = ()
 
 
+_OWN = "messages or prompt"
 _COPYRIGHT = "copyright is judged by hashes of the works, which are not public; no judge of harm can tell it"
 SUITES: dict[str, Suite] = {
     "advbench": Suite(
@@ -180,18 +181,14 @@ SUITES: dict[str, Suite] = {
         max_new_tokens=128,
         scorers=("sql_match",),
     ),
-    "prompts": Suite(
-        read=readers.own("harmful"), hub=(), source="your file", licence="yours", field="messages or prompt"
-    ),
-    "benign": Suite(
-        read=readers.own("benign"), hub=(), source="your file", licence="yours", field="messages or prompt"
-    ),
+    "prompts": Suite(read=readers.own("harmful"), hub=(), source="your file", licence="yours", field=_OWN),
+    "benign": Suite(read=readers.own("benign"), hub=(), source="your file", licence="yours", field=_OWN),
     "questions": Suite(
         read=readers.own("ability"),
         hub=(),
         source="your file",
         licence="yours",
-        field="messages or prompt",
+        field=_OWN,
         scorers=("exact_match",),
     ),
 }
@@ -286,7 +283,7 @@ def _folder(path: Path, *, pattern: str) -> list[Found]:
 
 
 def _hexphi_folder(path: Path) -> list[Found]:
-    """The eleven files; the second may be missing, as later releases do. Errors: ValueError that names others."""
+    """The eleven files; later releases withhold the second. Errors: ValueError that names any other missing one."""
     files = {number: path / f"category_{number}.csv" for number in range(1, 12)}
     missing = [file.name for number, file in files.items() if number != 2 and not file.is_file()]
     if missing:

@@ -6,7 +6,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from safeshape.evals import Task
+from safeshape.evals import Kind, Task
+from safeshape.evals.suites import SCORERS_OF
 from safeshape.world import oracle
 from safeshape.world.answers import TURNS
 from safeshape.world.language import Item, sample
@@ -71,18 +72,28 @@ def tasks(*, size: int = 150, seed: int = 0) -> list[Task]:
     All requests use unseen pairs and phrasings. Criteria are exact: the oracle's, or word-for-word equality.
     """
 
-    def make(name: str, kind: str, passes: Any) -> Task:
+    def make(name: str, kind: str, passes: Any, asked: Kind, scorers: Sequence[str]) -> Task:
         items: Sequence[Item] = sample(kind, size, seed=2000 + seed, held_out=True)
         return Task(
             name=name,
             prompts=[prompt(item) for item in items],
             success=lambda index, answer: bool(passes(items[index], answer)),
             max_new_tokens=64,
+            kind=asked,
+            dataset=f"world:{name}",
+            ids=[f"{kind}/{number}" for number in range(size)],
+            categories=[item.category or None for item in items],
+            references=[item.answer for item in items],
+            groups=[str(number) for number in range(size)],
+            scorers=scorers,
+            world=True,
         )
 
     return [
-        make("attack_success", "harmful", lambda item, answer: oracle.harmful(answer)),
-        make("over_refusal", "borderline", lambda item, answer: oracle.refused(answer)),
-        make("task_accuracy", "task", correct),
-        make("skill_accuracy", "skill", correct),
+        make(
+            "attack_success", "harmful", lambda item, answer: oracle.harmful(answer), "harmful", SCORERS_OF["harmful"]
+        ),
+        make("over_refusal", "borderline", lambda item, answer: oracle.refused(answer), "benign", SCORERS_OF["benign"]),
+        make("task_accuracy", "task", correct, "ability", ("criterion",)),
+        make("skill_accuracy", "skill", correct, "ability", ("criterion",)),
     ]

@@ -1,0 +1,207 @@
+"""Tasks, model, judge and guard from the settings of `safeshape eval`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safeshape import world
+from safeshape.client import Client
+from safeshape.config import EvalConfig
+from safeshape.config.judge import judge_kind
+from safeshape.config.naming import named
+from safeshape.data import Message
+from safeshape.evals import Task
+from safeshape.evals.answering import Answering, LocalModel, ServerModel, load_model
+from safeshape.evals.grading import Grader
+from safeshape.evals.measuring import Names
+from safeshape.evals.scorers import Tools, check_scorers, scorer_of
+from safeshape.evals.suites import SUITES, load_suite
+from safeshape.signals.ensembles import load_scorer
+from safeshape.signals.judges import Judge, Judging
+from safeshape.signals.judges.in_process import InProcess
+from safeshape.signals.judges.remote import Remote
+from safeshape.sources import model_path
+from safeshape.store import Store
+from safeshape.world import oracle
+from safeshape.world.data import tasks as all_world_tasks
+from safeshape.world.judge import load_judge
+
+LM_EVAL = "lm_eval:"
+
+
+def world_tasks(name: str = "", *, size: int | None = None, seed: int = 0) -> list[Task]:
+    """The world's held-out tasks, or one of them. Errors: ValueError for an unknown one."""
+    found = all_world_tasks(seed=seed) if size is None else all_world_tasks(size=size, seed=seed)
+    if not name:
+        return found
+    if name not in [task.name for task in found]:
+        raise ValueError(f"the world has no task {name!r}; it has: {', '.join(task.name for task in found)}")
+    return [task for task in found if task.name == name]
+
+
+def tasks_of(config: EvalConfig) -> list[Task]:
+    """The tasks that are named, but those of lm-evaluation-harness. Errors: ValueError in one sentence."""
+    found: list[Task] = []
+    for spec in config.tasks:
+        if spec.startswith(LM_EVAL):
+            continue
+        head, given, path = spec.partition("=")
+        name, _, part = head.partition(":")
+        if name == "world":
+            if given:
+                raise ValueError("task 'world' is built in and takes no file")
+            found += world_tasks(part, size=config.limit, seed=config.seed)
+        elif name in SUITES or not part:
+            named(name, SUITES, "task")
+            if given and not path:
+                raise ValueError(f"task {spec!r} names no file after the equals sign")
+            found += load_suite(name, path or None, part=part or None, limit=config.limit, seed=config.seed)
+        else:
+            made: Any = named(head, {}, "task")
+            tasks = made() if callable(made) else made
+            found += [tasks] if isinstance(tasks, Task) else list(tasks)
+    names = [task.name for task in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two tasks are called {name!r}")
+    return found
+
+
+def scorers_for(config: EvalConfig, tasks: Sequence[Task]) -> dict[str, list[str]]:
+    """The scorers of every task. Errors: ValueError for unknown ones, and safety measured by rules alone."""
+    found = {}
+    for task in tasks:
+        names = list(config.scorers or task.scorers or ("criterion",))
+        if config.guard is not None and task.kind == "harmful" and "guard" not in names:
+            names.append("guard")
+        if not config.scorers and config.judge is None and "guard" in names:
+            names = [name for name in names if name != "judge"]  # the guard speaks alone, and is named in the rows
+        found[task.name] = names
+        for name in names:
+            scorer_of(name)
+    check_scorers(tasks, found)
+    needed = {name for names in found.values() for name in names}
+    if "judge" in needed and config.judge is None:
+        raise ValueError("the tasks need a judge of harm; give --judge, or --guard")
+    if needed & {"refusal", "strongreject", "acceptable", "win_rate"} and config.judge is None:
+        raise ValueError(
+            f"{', '.join(sorted(needed & {'refusal', 'strongreject', 'acceptable', 'win_rate'}))}: give --judge"
+        )
+    if "guard" in needed and config.guard is None:
+        raise ValueError("scorer 'guard' needs a guard; give --guard")
+    if "win_rate" in needed and config.versus is None:
+        raise ValueError("scorer 'win_rate' needs another model's answers; give --versus")
+    return found
+
+
+def open_model(config: EvalConfig) -> Answering:
+    """The model that is measured. Errors: ValueError or OSError when it cannot be had."""
+    if config.server is not None:
+        client = Client(
+            config.server,
+            model=str(config.server_model),
+            concurrency=config.concurrency,
+            timeout_s=config.timeout,
+            retries=config.retries,
+            key_variable=config.api_key_variable,
+        )
+        request = dict(config.request) if isinstance(config.request, Mapping) else {}
+        return ServerModel(client, request=request)
+    name = str(config.model_name_or_path)
+    model, tokenizer = load_model(model_path(name), revision=config.revision, dtype=config.dtype, device=config.device)
+    return LocalModel(model, tokenizer, name=name, batch_size=config.batch_size)
+
+
+def world_refuses(messages: Sequence[Message], answer: str) -> bool:
+    """The oracle's word on a refusal."""
+    return oracle.refused(answer)
+
+
+def open_tools(
+    *,
+    judge: str | None = None,
+    judge_model: str | None = None,
+    judge_settings: Mapping[str, Any] | None = None,
+    threshold: int = 4,
+    guard: str | None = None,
+    guard_model: str | None = None,
+    guard_threshold: float = 0.5,
+    device: str = "cpu",
+    store: Store | None = None,
+    versus: Mapping[tuple[str, str], str] | None = None,
+) -> Tools:
+    """Judge, guard and grader. Errors: ValueError in one sentence where one of them cannot be had."""
+    opened: Judging | None = None
+    if judge is not None:
+        settings = dict(judge_settings or {})
+        if judge_model is not None:
+            settings["model"] = judge_model
+        if judge_kind(judge) in ("server", "process") and store is not None:
+            settings["store"] = store.path
+        opened = load_judge(judge, **settings)
+    grader = None
+    if isinstance(opened, Judge) and isinstance(opened.asking, Remote | InProcess):
+        grader = _grader(opened, store or Store(":memory:"))
+    return Tools(
+        judge=opened,
+        grader=grader,
+        guard=_guard(guard, guard_model, device),
+        refuses=world_refuses if judge is not None and judge_kind(judge) == "oracle" else None,
+        threshold=threshold,
+        guard_threshold=guard_threshold,
+        versus=versus,
+    )
+
+
+def _grader(judge: Judge, store: Store) -> Grader:
+    """The judge's model, asked other questions than harm: its server must not be held to the schema of that."""
+    asking: Any = judge.asking
+    if isinstance(asking, Remote):
+        asking = Remote(
+            asking.client,
+            temperature=asking.temperature,
+            temperature_again=asking.temperature_again,
+            seed=asking.seed,
+            max_tokens=asking.max_tokens,
+            structured="never",
+            rubric_role=asking.rubric_role,
+            request=asking.request,
+        )
+    return Grader(asking, identity={**asking.identity(), **asking.maker()}, store=store, tries=judge.tries)
+
+
+def _guard(guard: str | None, model: str | None, device: str) -> Any:
+    if guard is None:
+        return None
+    source = world.path("guard") if guard == "world" and model is None else model
+    return load_scorer(guard, model=source, device=device)
+
+
+def names_of(config: EvalConfig, tools: Tools) -> Names:
+    """What rows of results call judge and guard: the judge's model, or its kind where it has none."""
+    judge = "none"
+    if tools.judge is not None:
+        identity = tools.judge.identity()
+        judge = str(identity.get("model") or identity.get("judge"))
+        judge = "oracle" if config.judge == "world" else str(config.judge) if judge == "world:oracle" else judge
+    return Names(judge=judge, guard=f"guard {config.guard}", refuses="oracle")
+
+
+def read_versus(path: str | None) -> dict[tuple[str, str], str] | None:
+    """The greedy answers of another run's samples.jsonl. Errors: ValueError that names file and line."""
+    if path is None:
+        return None
+    found = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if row["decoding"] == "greedy" and row["answer"] is not None:
+                found[str(row["task"]), str(row["id"])] = str(row["answer"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: line {number} is no line of a samples.jsonl: {error!r}") from error
+    return found
