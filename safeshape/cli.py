@@ -18,6 +18,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "attack": ("poison fine-tuning data or attack prompts, to test a defence", "safeshape.verbs.attack"),
     "judge": ("rate the harm of every answer from 1 to 5 with a judge", "safeshape.verbs.judge"),
     "probe": ("fit, measure and use a probe on a model's hidden states", "safeshape.verbs.probe"),
+    "eval": ("measure a model's safety and abilities", "safeshape.verbs.eval"),
     "bench": ("run a matrix of attack, defence, model and seed, and collect its rows", "safeshape.verbs.bench"),
     "defences": (
         "list the defences with their cost, needs and sources, or measure the cost",

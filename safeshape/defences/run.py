@@ -74,8 +74,9 @@ def run_defence(
 ) -> Defended:
     """Fine-tune `model`, which is moved, on the user's rows under a defence.
 
-    `options`: further settings of SafeTrainer. `quiet`: nothing is printed where progress bars are off. `resume_from_checkpoint`: as there; what came before fine-tuning is done
-    again, except that a model hardened in an alignment stage is read back from `hardened` in the output folder.
+    `options`: further settings of SafeTrainer. `quiet`: nothing is printed where progress bars are off.
+    `resume_from_checkpoint`: as there; what came before fine-tuning is done again, except that a model hardened in an
+    alignment stage is read back from `hardened` in the output folder.
     Errors: ValueError in one sentence.
     """
     defence = resolve_defence(spec)

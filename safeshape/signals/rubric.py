@@ -176,7 +176,7 @@ def escaped(judged: Sequence[Mapping[str, Any]]) -> str:
     """The conversation as one line of JSON in which nothing can pass for a template's token or go unseen."""
     text = json.dumps(list(judged), ensure_ascii=False)
     text = _BRACKET.sub(r"\\u005b", text)
-    return "".join(_escape(c) if False or unicodedata.category(c) in _HIDDEN else c for c in text)
+    return "".join(_escape(c) if c == "<" or unicodedata.category(c) in _HIDDEN else c for c in text)
 
 
 def _escape(character: str) -> str:

@@ -179,7 +179,7 @@ def _write(
     judge: Any,
 ) -> None:
     """results.json last: where it stands, the run is whole."""
-    from safeshape import __version__
+    import safeshape
     from safeshape.report.rows import OUTCOMES, PromptOutcomes, write_outcomes
     from safeshape.report.tables import write_results
 
@@ -191,7 +191,7 @@ def _write(
     ]
     write_outcomes(output / OUTCOMES, outcomes)
     content = {
-        "version": __version__,
+        "version": safeshape.__version__,
         "config": asdict(config),
         "definitions": definitions(config),
         "model": model.identity(),

@@ -73,7 +73,7 @@ def _folds(data: "Labelled", groups: Sequence[str], seed: int) -> list[Any]:
     from safeshape.signals.probes.folds import Fold, group_folds
 
     train = np.flatnonzero(data.trains)
-    found = group_folds(data.labels[train], [groups[row] for row in train], seed=seed)
+    found = group_folds(data.labels[train], [groups[int(row)] for row in train], seed=seed)
     return [Fold(fit=train[fold.fit], held_out=train[fold.held_out]) for fold in found]
 
 
@@ -102,32 +102,20 @@ def measure(
     def told(what: str) -> Callable[[int, int], None]:
         return lambda done, total: progress(f"{shown}: {what}", done, total)
 
+    def stage(label: str, done: int, total: int) -> None:
+        progress(f"{shown}: {label}", done, total)
+
     how: dict[str, Any] = {"layers": places, "poolings": poolings, "batch_size": config.batch_size}
     states = extract(data.prompts, reader, store=store, **how, progress=told("prompts read"))
     bank, groups = Bank(states_BPDH=states, poolings=poolings, places=places), groups_of(data)
     probe = ProbeMethod(bank=bank, labels=data.labels, groups=groups, grid=C_GRID, seed=config.seed)
     bag = BagOfWords(texts=data.texts, labels=data.labels, groups=groups, seed=config.seed)
-    rows = evaluate(
-        data,
-        probe,
-        bag,
-        threshold=config.threshold,
-        seed=config.seed,
-        progress=lambda label, done, total: progress(f"{shown}: {label}", done, total),
-    )
+    rows = evaluate(data, probe, bag, threshold=config.threshold, seed=config.seed, progress=stage)
     first = next(units(data, seed=config.seed))
     fitted = probe.fit(first.fit)
-    check = template_check(
-        data.prompts,
-        data.labels,
-        fitted,
-        reader,
-        store=store,
-        fit_rows=first.fit.tolist(),
-        test_rows=first.asked.tolist(),
-        seed=config.seed,
-        progress=told("read under a system prompt"),
-    )
+    rows_read: dict[str, Any] = {"fit_rows": first.fit.tolist(), "test_rows": first.asked.tolist()}
+    read = {**rows_read, "store": store, "seed": config.seed, "progress": told("read under a system prompt")}
+    check = template_check(data.prompts, data.labels, fitted, reader, **read)
     folds = _folds(data, groups, config.seed)
     split = Fold(fit=first.fit, held_out=first.asked)
     return {
