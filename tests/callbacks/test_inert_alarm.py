@@ -43,7 +43,7 @@ def fired(folder, tokenizer, **options):
         {"policy": "rejection"},
         {"policy": "star", "settings": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}},
     ],
-    ids=str,
+    ids=lambda options: "-".join(str(v) for v in options.values() if isinstance(v, str)),  # the same in every process
 )
 def test_healthy_runs_are_silent(tmp_path, tokenizer, options):
     assert fired(tmp_path, tokenizer, **options) == []
