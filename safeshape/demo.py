@@ -46,20 +46,24 @@ class Method:
     on_policy: bool = False
 
 
-ADAPTIVE = "adaptive, probe"
+PROBED, JUDGED = "adaptive, probe", "adaptive, judge"
+CLAMP = {"ramp": "clamp"}  # as the released code does with a judge's five scores
 METHODS = (
     Method(name="sft", policy={"name": "sft"}),
     Method(name="rejection", policy={"name": "rejection"}),
     Method(name="fixed_kl", policy={"name": "fixed_kl"}),
     Method(name="constrained", policy={"name": "constrained"}),
     Method(name="star", policy={"name": "star"}),
-    Method(name=ADAPTIVE, policy={"name": "adaptive"}, signal="probe"),
+    Method(name=PROBED, policy={"name": "adaptive"}, signal="probe"),
     Method(name="adaptive, probe, per batch", policy={"name": "adaptive", "scope": "batch"}, signal="probe"),
     Method(name="probe: weights without KL", policy={"name": "adaptive_weight"}, signal="probe"),
-    Method(name="probe: fixed KL, same mean", policy={"name": "fixed_kl"}, signal="probe", mean_of=ADAPTIVE),
-    Method(name="probe: shuffled risk", policy={"name": "adaptive"}, signal="shuffled"),
+    Method(name="probe: fixed KL, same mean", policy={"name": "fixed_kl"}, signal="probe", mean_of=PROBED),
+    Method(name="probe: shuffled risk", policy={"name": "adaptive"}, signal="shuffled probe"),
     Method(name="probe: rejection", policy={"name": "rejection"}, signal="probe"),
-    Method(name="adaptive, judge", policy={"name": "adaptive", "ramp": "clamp"}, signal="judge"),
+    Method(name=JUDGED, policy={"name": "adaptive", **CLAMP}, signal="judge"),
+    Method(name="judge: weights without KL", policy={"name": "adaptive_weight", **CLAMP}, signal="judge"),
+    Method(name="judge: fixed KL, same mean", policy={"name": "fixed_kl"}, signal="judge", mean_of=JUDGED),
+    Method(name="judge: shuffled risk", policy={"name": "adaptive", **CLAMP}, signal="shuffled judge"),
     Method(
         name="adaptive, judge on policy, per batch",
         policy={"name": "adaptive", "scope": "batch"},
@@ -91,8 +95,8 @@ def score_user_data(config: DemoConfig, progress: Progress) -> dict[str, Dataset
     probe = Probe.fit(prompts, labels, model=model, tokenizer=tokenizer, layers=PROBE_LAYERS)
     probed = score_dataset(plain, probe.score_many, progress=lambda d, t: progress("probe scores prompts", d, t))
     judged = score_dataset(plain, OracleJudge(JUDGE_ERRORS, seed=config.seed).score_many)
-    shuffled = shuffled_risk(probed, seed=config.seed)
-    return {"plain": plain, "star": star, "probe": probed, "shuffled": shuffled, "judge": judged}
+    found = {"plain": plain, "star": star, "probe": probed, "judge": judged}
+    return found | {f"shuffled {name}": shuffled_risk(found[name], seed=config.seed) for name in ("probe", "judge")}
 
 
 def shuffled_risk(dataset: Dataset, *, seed: int) -> Dataset:

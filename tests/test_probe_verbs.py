@@ -10,7 +10,7 @@ from conftest import conversation
 
 from safeshape.cli import main
 from safeshape.config import PromptSet
-from safeshape.report.probe_tables import docs_section, text_report
+from safeshape.report.probe_tables import text_report
 from safeshape.signals.probes import Probe
 from safeshape.verbs.probe_data import labelled, read_set
 
@@ -180,8 +180,8 @@ def test_sets_are_read_as_they_are_described(tmp_path):
 
 @pytest.mark.slow
 def test_eval_writes_results_tables_and_figures(tmp_path, capsys):
-    settings = yaml.safe_load((ROOT / "recipes" / "probe-world.yaml").read_text())
-    settings |= {"model": "world:llama", "max_per_dataset": 60, "output_dir": str(tmp_path / "out")}
+    settings = yaml.safe_load((ROOT / "recipes" / "probe" / "world.yaml").read_text())
+    settings |= {"model": "world:llama", "max_per_dataset": 60, "output_dir": str(tmp_path / "out"), "title": "World"}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
     assert main(["probe", "eval", "--config", str(tmp_path / "c.yaml")]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
@@ -192,8 +192,9 @@ def test_eval_writes_results_tables_and_figures(tmp_path, capsys):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     for figure in ("layers", "radar", "left-out", "attribution"):
         assert {f"probe-{figure}.png", f"probe-{figure}.svg"} <= names
-    text, page = text_report(results), docs_section(results, "World")
-    assert text in said
+    assert text_report(results) in said
+    page = (tmp_path / "out" / "probe-eval.md").read_text()
+    assert page.startswith("### World\n")
     for row in model["units"]:
         assert f"{row['probe']['auroc']['value']:.3f}" in page
         assert f"{row['bag_of_words']['auroc']['value']:.3f}" in page
@@ -203,7 +204,7 @@ def test_eval_writes_results_tables_and_figures(tmp_path, capsys):
 
 @pytest.mark.skipif(not (DATA / "xstest").is_dir(), reason="the public prompt sets are not beside the checkout")
 def test_the_public_recipe_reads_the_public_sets():
-    settings = yaml.safe_load((ROOT / "recipes" / "probe-public.yaml").read_text())
+    settings = yaml.safe_load((ROOT / "recipes" / "probe" / "public.yaml").read_text())
     entries = [PromptSet(**entry) for entry in settings["datasets"]]
     data = labelled(entries, DATA, most=settings["max_per_dataset"], seed=0)
     counts = {name: data.datasets.count(name) for name in dict.fromkeys(data.datasets)}

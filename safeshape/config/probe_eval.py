@@ -19,8 +19,9 @@ class ProbeEvalConfig:
     """
 
     model: list[str] = option(help="models to read, one report each: folders, Hub ids, or world:llama")
-    output_dir: str = option(help="folder for results (probe-eval.json, probe-eval.txt and figures)")
+    output_dir: str = option(help="folder for results (probe-eval.json, .txt, .md and figures)")
     datasets: list[PromptSet] = option(help="sets of prompts, in the YAML file; see docs/probes.md")
+    title: str = option("Probes", help="heading of probe-eval.md")
     data_folder: str = option(".", help="the folder that the paths of datasets start from")
     max_per_dataset: int = option(600, help="at most so many prompts of each set, drawn by the seed")
     layers: list[str] = field(

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> str:
     if folder.is_file() or (folder / RESULTS).exists():
         raise ValueError(f"output_dir {folder} already holds results")
     from safeshape.report.probe_figures import write_figures
-    from safeshape.report.probe_tables import text_report
+    from safeshape.report.probe_tables import docs_section, text_report
     from safeshape.store import Store
     from safeshape.verbs.bars import bars
     from safeshape.verbs.probe_data import described, labelled
@@ -56,10 +56,9 @@ def main(argv: Sequence[str]) -> str:
     text = text_report(results)
     (folder / RESULTS).write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     (folder / "probe-eval.txt").write_text(text + "\n")
-    written = write_figures(results, folder)
-    return "\n".join(
-        [text, "", f"Wrote {folder / RESULTS}, probe-eval.txt and {', '.join(path.name for path in written)}"]
-    )
+    (folder / "probe-eval.md").write_text(docs_section(results, config.title))
+    written = ", ".join(path.name for path in write_figures(results, folder))
+    return "\n".join([text, "", f"Wrote {folder / RESULTS}, probe-eval.txt, probe-eval.md and {written}"])
 
 
 def _places(config: ProbeEvalConfig, reader: Any) -> tuple[int, ...]:
