@@ -108,6 +108,9 @@ def test_calibration_scales_and_improves_the_brier_score():
     assert 4 * scale == pytest.approx(np.log(3), abs=1e-3)  # three in four are right
     assert calibration_scale(np.array([1.0, -1.0]), np.array([True, False])) == 1.0  # separated: nothing to learn
     assert calibration_scale(-logits, labels) == pytest.approx(0.01, rel=0.01)  # wrong way round: p becomes 0.5
+    # Rows of known kinds are all right: seven of eight together.
+    both = calibration_scale(logits, labels, known=np.where(labels, 4.0, -4.0))
+    assert 4 * both == pytest.approx(np.log(7), abs=1e-3)
     x, labels = blobs(n=400, size=60, strength=1.5)
     bank = Bank(states_BPDH=x[:, None], poolings=("last",), places=(0, 1, 2))
     rows, test = np.arange(200), np.arange(200, 400)
@@ -220,3 +223,16 @@ def test_settings_that_cannot_work_are_refused(tmp_path, tokenizer):
             Probe.fit(WORDS, LABELS, **given, **options)
     with pytest.raises(ValueError, match=r"holds no probe: there is no probe\.json"):
         Probe.from_pretrained(tmp_path / "nothing")
+
+
+def test_calibration_hears_known_and_unknown_kinds_alike():
+    x, labels = blobs(n=200, size=10, strength=1.0)
+    groups = [f"{'h' if label else 's'}{row % 5}" for row, label in enumerate(labels)]
+    bank = Bank(states_BPDH=x[:, None], poolings=("last",), places=(0, 1, 2))
+    option = Choice(pooling="last", layers=(1,))
+    made = choose(bank, labels, groups, options=[option], grid=(0.1,))
+    known = cross_validate(
+        bank.take(option), labels, group_folds(labels, None), grid=(0.1,), layer_pooling="concat", layers=1
+    )
+    assert made.scale == calibration_scale(made.oof_logits, labels, known=known.logits)
+    assert made.scale != pytest.approx(calibration_scale(made.oof_logits, labels), rel=1e-3)

@@ -23,7 +23,7 @@ from safeshape.signals.probes.fitting import (
     cross_validate,
     fit_linear,
 )
-from safeshape.signals.probes.folds import Labels, group_folds
+from safeshape.signals.probes.folds import Fold, Labels, group_folds
 from safeshape.signals.probes.reading import Pooling
 from safeshape.signals.reliability import auroc
 
@@ -104,16 +104,16 @@ def choose(
     """Choose among `options` (by default `candidates` and then `neighbours` of the best), and fit the choice.
 
     `labels`, `groups`: of `rows` only, so that nothing else can be looked at. A grid of one C and one option chooses
-    nothing. `calibrate`: scale the log odds by what out-of-fold ones call for.
+    nothing. `calibrate`: scale the log odds by what out-of-fold ones call for; with groups, by those of rows whose
+    group was left out and of rows whose group was not, half and half: a user's prompts are of either sort.
     """
     folds = group_folds(labels, groups, seed=seed)
+    mixed = None if groups is None else group_folds(labels, None, seed=seed)
     tried: list[tuple[Choice, Validated]] = []
 
-    def test(choice: Choice, over: Sequence[float]) -> Validated:
+    def test(choice: Choice, over: Sequence[float], on: Sequence[Fold] = folds) -> Validated:
         x_BF, layers = bank.take(choice, rows), len(choice.layers)
-        return cross_validate(
-            x_BF, labels, folds, grid=over, layer_pooling=choice.layer_pooling, layers=layers, seed=seed
-        )
+        return cross_validate(x_BF, labels, on, grid=over, layer_pooling=choice.layer_pooling, layers=layers, seed=seed)
 
     wanted = candidates(bank) if options is None else list(options)
     if len(wanted) > 1 or options is None:
@@ -128,7 +128,10 @@ def choose(
     linear = fit_linear(
         x_BF, labels, C=validated.C, layer_pooling=choice.layer_pooling, layers=len(choice.layers), seed=seed
     )
-    scale = calibration_scale(validated.logits, labels) if calibrate else 1.0
+    scale = 1.0
+    if calibrate:
+        known = None if mixed is None else test(choice, (validated.C,), mixed).logits
+        scale = calibration_scale(validated.logits, labels, known=known)
     held = [auroc(-validated.logits[fold.held_out], labels[fold.held_out]) for fold in folds]
     report = {
         "folds": len(folds),

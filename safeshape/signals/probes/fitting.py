@@ -149,14 +149,17 @@ def cross_validate(
     return best
 
 
-def calibration_scale(logits: Floats, labels: Labels) -> float:
+def calibration_scale(logits: Floats, labels: Labels, *, known: Floats | None = None) -> float:
     """The factor on the log odds with the lowest balanced log loss, within 0.01 and 100; 1 where all are right.
 
     Fitted on out-of-fold log odds: those of rows that were fitted on are too sure of themselves. Perfectly separated
     labels make every larger factor likelier and say nothing about a scale. One factor, no shift: it makes p_safe mean
-    what it says and moves no prompt across 0.5.
+    what it says and moves no prompt across 0.5. `known`: other out-of-fold log odds of the same rows, from folds that
+    left no group out; both then count alike.
     Source: Guo et al. 2017, arXiv 1706.04599 (a temperature, 1 / factor).
     """
+    if known is not None:
+        logits, labels = np.concatenate([logits, known]), np.concatenate([labels, labels])
     if (np.where(labels, logits, -logits) > 0).all():
         return 1.0
 

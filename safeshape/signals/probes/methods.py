@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 from safeshape.signals.probes.choosing import Bank, Choice, Fitted, choose
 from safeshape.signals.probes.fitting import Floats, balanced_log_loss, calibration_scale
-from safeshape.signals.probes.folds import Labels, Rows, group_folds
+from safeshape.signals.probes.folds import Fold, Labels, Rows, group_folds
 
 BAG_GRID = (0.1, 1.0, 10.0, 100.0)
 
@@ -96,16 +96,11 @@ class BagOfWords:
         labels = self.labels[fit]
         folds = group_folds(labels, [self.groups[row] for row in fit], seed=self.seed)
         grid = self.grid if settings is None else (settings.C,)
-        losses, found = dict.fromkeys(grid, 0.0), {C: np.zeros(len(fit)) for C in grid}
-        for fold in folds:
-            words, table = self._table(fit[fold.fit])
-            held = words.transform([self.texts[row] for row in fit[fold.held_out]])
-            for C in grid:
-                logits = self._regression(C, table, labels[fold.fit]).decision_function(held)
-                found[C][fold.held_out] = logits
-                losses[C] += balanced_log_loss(logits, labels[fold.held_out])
+        found = self._held_out(fit, folds, grid)
+        losses = {C: sum(balanced_log_loss(found[C][f.held_out], labels[f.held_out]) for f in folds) for C in grid}
         best = min(grid, key=lambda C: (losses[C], C))
-        scale = calibration_scale(found[best], labels)
+        known = self._held_out(fit, group_folds(labels, None, seed=self.seed), (best,))[best]
+        scale = calibration_scale(found[best], labels, known=known)
         words, table = self._table(fit)
         regression = self._regression(best, table, labels)
         raw = regression.decision_function(words.transform([self.texts[row] for row in asked]))
@@ -117,6 +112,17 @@ class BagOfWords:
         regression = self._regression(self.grid[0], table, self.labels[fit])
         logits: Floats = regression.decision_function(words.transform([self.texts[row] for row in asked]))
         return logits
+
+    def _held_out(self, fit: Rows, folds: Sequence[Fold], grid: Sequence[float]) -> dict[float, Floats]:
+        """For every C the log odds of each row of `fit`, from the fold that did not fit on it."""
+        found = {C: np.zeros(len(fit)) for C in grid}
+        for fold in folds:
+            words, table = self._table(fit[fold.fit])
+            held = words.transform([self.texts[row] for row in fit[fold.held_out]])
+            for C in grid:
+                regression = self._regression(C, table, self.labels[fit[fold.fit]])
+                found[C][fold.held_out] = regression.decision_function(held)
+        return found
 
     def _table(self, rows: Rows) -> tuple[Any, Any]:
         words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
