@@ -109,9 +109,16 @@ def radar_figure(results: Results) -> Figure:
             )
             axis.fill([*angles, angles[0]], [*ends, ends[0]], color=color, alpha=0.08)
         axis.set_xticks(angles, [f"{e['pooling']} token\n{e['layer_pooling']}" for e in entries], fontsize="small")
+        for angle, tick in zip(angles, axis.get_xticklabels(), strict=True):
+            side = np.cos(angle)  # names on the right begin at the circle, those on the left end there
+            tick.set_horizontalalignment("center" if abs(side) < 0.2 else "left" if side > 0 else "right")
         axis.set_ylim(floor, 1.0)
+        marks = np.linspace(floor, 1.0, 5)[1:]
+        axis.set_yticks(marks, [f"{mark:.2f}" for mark in marks], fontsize="x-small", color="#555555")
+        axis.set_rlabel_position(30)  # between two names
         axis.set_title(label, pad=18)
-    axes[-1].legend(fontsize="small", loc="lower left", bbox_to_anchor=(0.95, -0.05))
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize="small")
     return _noted(
         figure, results, "AUROC after pooling all layers: over tokens (last, mean), over layers (concat, ...)."
     )
@@ -167,5 +174,5 @@ def comparison_figure(results: Results) -> Figure:
         axis.invert_yaxis()
         axis.set(title=_shown(model["model"]), xlabel="AUROC")
         axis.grid(axis="x", alpha=0.3)
-    axes[0].legend(fontsize="small", loc="lower left")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize="small")
     return _noted(figure, results, "Sets were left out of fitting and of every choice. 95 % bootstrap intervals.")
