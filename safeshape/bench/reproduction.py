@@ -87,7 +87,7 @@ def difference(first: Measured, second: Measured) -> tuple[float, float, float]:
     if len(both) > 1:
         spread = t_interval([second.rates[seed] - first.rates[seed] for seed in both])
         low, high = min(low, spread[0]), max(high, spread[1])
-    return means[1] - means[0], low, high
+    return means[1] - means[0], max(low, -1.0), min(high, 1.0)
 
 
 def orderings(table: Mapping[str, Any], found: Mapping[Any, Measured]) -> list[Ordering]:
