@@ -14,10 +14,11 @@ import torch
 from datasets import disable_progress_bars
 from transformers.utils import logging as transformers_logging
 
-from safeshape.attacks import prompt_attack, run_prompts
-from safeshape.bench.in_world import Trained, settings_of, train_cell
+from safeshape import world
+from safeshape.attacks import data_attack, prompt_attack, run_prompts
+from safeshape.bench.in_world import UNTOUCHED, Trained, settings_of, train_cell
 from safeshape.bench.matrix import Cell
-from safeshape.defences import with_system_prompt
+from safeshape.defences import resolve_defence, with_system_prompt
 from safeshape.evals import Outcome, run_task
 from safeshape.models import Sampling, generate
 from safeshape.report.rows import PromptOutcomes
@@ -35,10 +36,9 @@ SUCCESS = "attack_success"
 def run_cell(cell: Cell, folder: Path) -> list[dict[str, Any]]:
     """Train and evaluate one cell; returns its rows. Beside them it writes its log, notes and outcomes by prompt.
 
-    Errors: ValueError for a model that is not the embedded world's, and whatever the cell's parts refuse.
+    Errors: ValueError as `check_cell`, and whatever the cell's parts refuse.
     """
-    if not cell.model.startswith("world:"):
-        raise ValueError(f"model {cell.model!r}: cells run on the embedded world's models, world:llama and others")
+    check_cell(cell)
     torch.set_num_threads(1)
     disable_progress_bars()
     transformers_logging.disable_progress_bar()
@@ -53,6 +53,20 @@ def run_cell(cell: Cell, folder: Path) -> list[dict[str, Any]]:
     (folder / NOTES).write_text(json.dumps(notes, indent=1, default=str) + "\n")
     (folder / PROMPTS).write_text(json.dumps([asdict(outcome) for outcome in outcomes]) + "\n")
     return [asdict(row) for row in rows]
+
+
+def check_cell(cell: Cell) -> None:
+    """Errors: ValueError for an unknown model, setting, attack or defence, before anything is run."""
+    if not cell.model.startswith("world:"):
+        raise ValueError(f"model {cell.model!r}: cells run on the embedded world's models, world:llama and others")
+    world.path(cell.model.removeprefix("world:"))
+    given = settings_of(cell)
+    if cell.defence["name"] != UNTOUCHED:
+        resolve_defence(cell.defence)
+    data_attack(cell.attack["name"], {key: value for key, value in cell.attack.items() if key != "name"})
+    for name, spec in given["asked"].items():
+        if not isinstance(spec, str) and not (isinstance(spec, Mapping) and isinstance(spec.get("name"), str)):
+            raise ValueError(f"asked: {name}: must be a prompt attack's name or a mapping with one, got {spec!r}")
 
 
 def evaluated(cell: Cell, found: Trained) -> tuple[list[Row], list[PromptOutcomes]]:

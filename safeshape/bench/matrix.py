@@ -50,15 +50,15 @@ def read_matrix(
 
     `experiments`: name to axes (`model`, `attack`, `defence`, `seed`, a value or a list each) and `settings`, in which
     lists multiply too. `settings`: of all experiments. `scales`: name to a mapping with `settings` and `experiments`
-    that replace single entries of those; `scale` names the one to use.
+    that replace single entries of those, and `seed`, of every experiment; `scale` names the one to use.
     Errors: ValueError that names the experiment and the entry.
     """
     if scale not in scales and scale != "default":
         raise ValueError(f"the matrix has no scale {scale!r}; it has: {', '.join(['default', *scales])}")
     changed = _mapping(scales.get(scale, {}), f"scales: {scale}")
     for key in changed:
-        if key not in ("settings", "experiments"):
-            raise ValueError(f"scales: {scale}: unknown entry {key!r}; known: settings, experiments")
+        if key not in ("seed", "settings", "experiments"):
+            raise ValueError(f"scales: {scale}: unknown entry {key!r}; known: seed, settings, experiments")
     over = _mapping(changed.get("experiments", {}), f"scales: {scale}: experiments")
     for name in over:
         if name not in experiments:
@@ -68,7 +68,8 @@ def read_matrix(
     looked_at: dict[str, tuple[str, ...]] = {}
     for name, content in experiments.items():
         own, more = _mapping(content, name), _mapping(over.get(name, {}), f"scales: {scale}: {name}")
-        merged = {**own, **more, "settings": {**shared, **_settings(own, name), **_settings(more, name)}}
+        seeds = {"seed": changed["seed"]} if "seed" in changed else {}
+        merged = {**own, **seeds, **more, "settings": {**shared, **_settings(own, name), **_settings(more, name)}}
         cells = {cell.key(): cell for cell in _cells(merged, name)}
         found |= cells
         looked_at[name] = tuple(cells)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
@@ -33,8 +34,9 @@ def reproduction_page(
 ) -> str:
     """The page as Markdown. `facts`: about the run. `notes`: our reading, by experiment. `content`: of `papers`.
 
-    Errors: ValueError when a table names an experiment that the matrix lacks.
+    Errors: ValueError as `check_matrix`.
     """
+    check_matrix(matrix, content)
     parts, verdicts = [], Counter[str]()
     for table in content["tables"]:
         found = conditions(table, _cells(matrix, table["experiment"]), rows)
@@ -54,9 +56,28 @@ def reproduction_page(
     return "\n".join([*head, *(["## Why", "", *why, ""] if why else []), "\n\n".join(parts), ""])
 
 
+def run_facts(scale: str, matrix: Matrix, done: Sequence[Cell], *, seconds: Sequence[float]) -> dict[str, str]:
+    """What the page says about the run. `done`: the cells with rows, `seconds` each of them took."""
+    seeds = sorted({cell.seed for cell in done})
+    judged = "the world's oracle, exact; guard and probe, which train, do not judge"
+    return {
+        "Cells": f"{len(done)} of {len(matrix.cells)} have rows, scale `{scale}`",
+        "Seeds": f"{len(seeds)} ({', '.join(map(str, seeds))})",
+        "Training": "full fine-tuning of models of about 0.9 million parameters; rows, epochs and rates in the recipe",
+        "Judge": judged,
+        "Time": f"{sum(seconds) / 60:.0f} minutes of single-thread processes in all",
+        "Versions": ", ".join(f"{name} {version(name)}" for name in ("safeshape", "torch", "transformers", "trl")),
+    }
+
+
+def check_matrix(matrix: Matrix, content: Mapping[str, Any]) -> None:
+    """Errors: ValueError when a table or a claim names an experiment that the matrix lacks."""
+    for entry in (*content["tables"], *content["claims"]):
+        if entry["experiment"] not in matrix.experiments:
+            raise ValueError(f"the matrix has no experiment {entry['experiment']!r}, which the papers' tables name")
+
+
 def _cells(matrix: Matrix, experiment: str) -> list[Cell]:
-    if experiment not in matrix.experiments:
-        raise ValueError(f"the matrix has no experiment {experiment!r}, which a table of the papers names")
     wanted = set(matrix.experiments[experiment])
     return [cell for cell in matrix.cells if cell.key() in wanted]
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from safeshape.bench.matrix import Cell
 from safeshape.stats import across_seeds, t_interval
 from safeshape.stats.comparisons import newcombe
+from safeshape.store import canonical
 
 METRIC = "attack_success"
 Verdict = Literal["agrees", "disagrees", "undecided"]
@@ -41,17 +42,21 @@ class Ordering:
 
 
 def flat(cell: Cell) -> dict[str, Any]:
-    """A cell's fields by dotted names: `attack.ratio`, `settings.chunk`."""
+    """A cell's fields by dotted names: `attack.ratio`, `settings.chunk`; lists and mappings as text, to be compared."""
     found: dict[str, Any] = {"model": cell.model, "seed": cell.seed}
     for name, fields in (("attack", cell.attack), ("defence", cell.defence), ("settings", cell.settings)):
-        found |= {f"{name}.{key}": value for key, value in fields.items()}
+        for key, value in fields.items():
+            found[f"{name}.{key}"] = canonical(value).decode() if isinstance(value, dict | list) else value
     return found
 
 
 def measured(
-    cells: Sequence[Cell], rows: Mapping[str, Sequence[Mapping[str, Any]]], where: Mapping[str, Any]
+    cells: Sequence[Cell],
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    where: Mapping[str, Any],
+    metric: str = METRIC,
 ) -> Measured | None:
-    """Attack success by seed of the cells that match; None where there are none.
+    """Attack success by seed of the cells that match and are done; None where there are none.
 
     Errors: ValueError when two cells of one seed match, so that the condition is not one.
     """
@@ -64,7 +69,7 @@ def measured(
         if cell.seed in rates:
             raise ValueError(f"two cells with seed {cell.seed} match {dict(where)}")
         for row in rows[cell.key()]:
-            if row["metric"] == METRIC:
+            if row["metric"] == metric:
                 rates[cell.seed] = row["value"]
                 sizes.append(row["n"])
     return Measured(rates=rates, n=min(sizes)) if rates else None
@@ -82,7 +87,7 @@ def difference(first: Measured, second: Measured) -> tuple[float, float, float]:
     if len(both) > 1:
         spread = t_interval([second.rates[seed] - first.rates[seed] for seed in both])
         low, high = min(low, spread[0]), max(high, spread[1])
-    return means[1] - means[0], low, high
+    return means[1] - means[0], max(low, -1.0), min(high, 1.0)
 
 
 def orderings(table: Mapping[str, Any], found: Mapping[Any, Measured]) -> list[Ordering]:
@@ -118,7 +123,8 @@ def conditions(
     """The world's side of a table, by the values of its axis that have cells."""
     found = {}
     for value in table["values"]:
-        one = measured(cells, rows, {**table.get("where", {}), table["axis"]: value})
+        where = {**table.get("where", {}), table["axis"]: value}
+        one = measured(cells, rows, where, table.get("metric", METRIC))
         if one is not None:
             found[value] = one
     return found

@@ -37,6 +37,10 @@ def test_a_scale_replaces_single_entries():
     assert len(found.experiments["plain"]) == 2
     assert {cell.settings["rows"] for cell in found.cells} == {400}
     assert {c.settings["learning_rate"] for c in found.cells} == {1e-4, 1e-5}
+    # Seeds of all experiments, where none has its own.
+    scales["full"] |= {"seed": [7, 8]}
+    found = matrix(scales=scales, scale="full")
+    assert {name: len(keys) for name, keys in found.experiments.items()} == {"rates": 2 * 2 * 5, "plain": 2 * 2}
 
 
 def test_everything_that_changes_a_result_changes_the_key():
