@@ -22,7 +22,7 @@ from transformers import (
 )
 from trl import SFTConfig
 
-from safeshape.defences.nested import messages_only
+from safeshape.defences.nested import text_only
 from safeshape.defences.records import Context, Defence
 from safeshape.defences.run import run_defence
 from safeshape.defences.table import DEFENCES, resolve_defence
@@ -119,7 +119,7 @@ def _alignment(bench: Bench, defence: Defence) -> float:
     trainer = DefendedTrainer(
         bench.model(),
         args,
-        train_dataset=messages_only(bench.safe_data),
+        train_dataset=text_only(bench.safe_data),
         processing_class=bench.tokenizer,
         policy="sft",
         stepper=None if defence.stepper is None else defence.stepper(context),

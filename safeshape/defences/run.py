@@ -1,6 +1,8 @@
 """One run of a defence: from an aligned model and a user's rows to a fine-tuned model that is ready to be served."""
 
+import copy
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +13,7 @@ from peft import PeftConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig
 
-from safeshape.defences.nested import merged, messages_only, nested_settings, own_copy
+from safeshape.defences.nested import merged, nested_settings, own_copy, text_only
 from safeshape.defences.records import Context, Defence, Model, required
 from safeshape.defences.stepping import Stepper
 from safeshape.defences.table import resolve_defence
@@ -107,6 +109,8 @@ def run_defence(
     found: Model = trainer.model
     if defence.finish is not None:
         found = defence.finish(found, context)
+    if defence.before is not None or defence.stage == "alignment":
+        found = merged(found)  # an adapter alone would be put on the model that the caller named, which is another one
     return Defended(model=found, system_prompt=defence.system_prompt, trainer=trainer)
 
 
@@ -157,9 +161,9 @@ def _hardened(defence: Defence, model: PreTrainedModel, context: Context) -> Pre
     trainer = DefendedTrainer(
         model,
         nested_settings(context.args, "alignment", max_steps=-1, **defence.alignment),
-        train_dataset=messages_only(safe),
+        train_dataset=text_only(safe),
         processing_class=context.tokenizer,
-        peft_config=context.peft_config,
+        peft_config=copy.deepcopy(context.peft_config),
         policy="sft",
         stepper=_stepper(defence, context, alignment=True),
         harmful_data=context.harmful_data if "harmful_data" in defence.needs else None,
@@ -167,5 +171,8 @@ def _hardened(defence: Defence, model: PreTrainedModel, context: Context) -> Pre
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     whole = own_copy(merged(trainer.model))
-    whole.save_pretrained(folder)
+    unfinished = folder.with_name(f"{HARDENED}.unfinished")
+    whole.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)  # at once: a run that was killed while it wrote is hardened anew
     return whole
