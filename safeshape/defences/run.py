@@ -28,12 +28,13 @@ HARDENED = "hardened"
 class Defended:
     """What comes out. `system_prompt`: what must stand before each request; None for nothing.
 
-    `trainer`: of the fine-tuning run, with its logs.
+    `trainer`: of the fine-tuning run, with its logs. `metrics`: what its training returned.
     """
 
     model: Model
     system_prompt: str | None
     trainer: DefendedTrainer
+    metrics: Mapping[str, float]
 
 
 def check_defence(defence: Defence, context: Context, dataset: Dataset) -> None:
@@ -56,6 +57,8 @@ def check_defence(defence: Defence, context: Context, dataset: Dataset) -> None:
     if defence.trained != "any" and adapter != (defence.trained == "lora"):
         kind = "a LoRA adapter" if defence.trained == "lora" else "full fine-tuning"
         raise ValueError(f"defence {defence.name!r} works with {kind} only")
+    if context.args.world_size > 1:
+        raise ValueError("a defence runs in one process")
     refuse_unsupported(context.args)
 
 
@@ -103,7 +106,7 @@ def run_defence(
     trainer = _trainer(defence, model, context, options)
     if quiet:
         trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    outcome = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     if trainer.stepper is not None:
         trainer.stepper.finish(trainer.model)
     found: Model = trainer.model
@@ -111,7 +114,7 @@ def run_defence(
         found = defence.finish(found, context)
     if defence.before is not None or defence.stage == "alignment":
         found = merged(found)  # an adapter alone would be put on the model that the caller named, which is another one
-    return Defended(model=found, system_prompt=defence.system_prompt, trainer=trainer)
+    return Defended(model=found, system_prompt=defence.system_prompt, trainer=trainer, metrics=dict(outcome.metrics))
 
 
 def save_defended(defended: Defended, folder: str | Path) -> None:
