@@ -17,7 +17,7 @@ from safeshape.defences.nested import merged, nested_settings, own_copy, text_on
 from safeshape.defences.records import Context, Defence, Model, required
 from safeshape.defences.stepping import Stepper
 from safeshape.defences.table import resolve_defence
-from safeshape.defences.trainer import DefendedTrainer
+from safeshape.defences.trainer import DefendedTrainer, refuse_stepping
 from safeshape.provenance import RECORD
 from safeshape.refusals import refuse_unsupported
 
@@ -60,6 +60,8 @@ def check_defence(defence: Defence, context: Context, dataset: Dataset) -> None:
     if context.args.world_size > 1:
         raise ValueError("a defence runs in one process")
     refuse_unsupported(context.args)
+    if defence.stepper is not None:
+        refuse_stepping(context.args)
 
 
 def run_defence(
