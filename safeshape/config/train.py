@@ -9,15 +9,40 @@ from pydantic.dataclasses import dataclass
 from safeshape.config.parser import STRICT, option
 
 
+def _specified(value: dict[str, Any] | str | None, name: str) -> dict[str, Any] | str | None:
+    """A name or a mapping. Errors: ValueError for a JSON object that cannot be read."""
+    if not isinstance(value, str) or not value.startswith("{"):
+        return value
+    try:
+        found: dict[str, Any] = json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is not valid JSON: {error}") from error
+    return found
+
+
 @dataclass(config=STRICT, kw_only=True)
 class TrainConfig:
-    """Fine-tune a model with a safety policy."""
+    """Fine-tune a model with a safety policy or under a defence."""
 
     dataset_name: str = option(help="a JSONL, JSON, CSV or Parquet file, a saved dataset folder, or a Hub id")
     dataset_split: str = option("train", help="split to use of a Hub dataset or dataset dict")
     policy: dict[str, Any] | str | None = option(
-        "star", help='a policy name, a JSON object such as \'{"name": "star", "kl": 0.5}\', or your own module:function'
+        None,
+        help='a policy name, a JSON object such as \'{"name": "star", "kl": 0.5}\', or your own module:function '
+        "(default: star)",
     )
+    defence: dict[str, Any] | str | None = option(
+        None,
+        help="in place of a policy, a row of `safeshape defences list`: its name, a JSON object with its parameters, "
+        "or your own module:function",
+    )
+    base_model: str | None = option(
+        None, help="defence: folder or Hub id of the model before its alignment, world:llama-base for that of the world"
+    )
+    safe_data: str | None = option(
+        None, help="defence: dataset of requests with an aligned model's answers, or world for the embedded world's"
+    )
+    harmful_data: str | None = option(None, help="defence: dataset of harmful requests with harmful answers, or world")
     reference: Literal["auto", "adapter_off", "copy", "cached"] = option(
         "auto", help="the frozen model the KL holds to: live, or its states stored on disk before training"
     )
@@ -77,13 +102,8 @@ class TrainConfig:
         return bool(self.guard or self.probe or self.probe_harmful or self.judge)
 
     def __post_init__(self) -> None:
-        if isinstance(self.policy, str) and self.policy.startswith("{"):
-            try:
-                self.policy = json.loads(self.policy)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"policy is not valid JSON: {error}") from error
-        if self.policy is None:
-            raise ValueError("policy must be given")
+        self.policy, self.defence = _specified(self.policy, "policy"), _specified(self.defence, "defence")
+        self._check_defence()
         if self.gradient_floor < 0:
             raise ValueError(f"gradient_floor must be at least 0, got {self.gradient_floor}")
         if self.chunk < 1:
@@ -100,6 +120,15 @@ class TrainConfig:
         defaults = {f.name: f.default if f.default is not MISSING else f.default_factory for f in fields(self)}
         values = {name: list if self.__dict__[name] == [] else self.__dict__[name] for name in names}
         return next((name for name in names if values[name] != defaults[name]), None)
+
+    def _check_defence(self) -> None:
+        if self.defence is None:
+            changed = self._changed("base_model", "safe_data", "harmful_data")
+            if changed:
+                raise ValueError(f"{changed} is for a defence; give --defence")
+            self.policy = "star" if self.policy is None else self.policy
+        elif self.policy is not None:
+            raise ValueError("give a policy or a defence: one of them (a policy is a defence as well)")
 
     def _check_probe(self) -> None:
         if bool(self.probe_harmful) != bool(self.probe_harmless):

@@ -18,7 +18,8 @@ class Averaging(Stepper):
 
     def start(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         """The average begins at the starting weights."""
-        self.average = {name: value.detach().clone() for name, value in parameters.items()}
+        # In float32: half precision would round away most of the share 1 - decay of each step.
+        self.average = {name: value.detach().float().clone() for name, value in parameters.items()}
 
     def after(self, loop: Loop) -> None:
         """Take one more point into the average."""

@@ -22,11 +22,12 @@ from transformers import (
 )
 from trl import SFTConfig
 
-from safeshape.defences.nested import messages_only
+from safeshape.defences.nested import text_only
 from safeshape.defences.records import Context, Defence
 from safeshape.defences.run import run_defence
 from safeshape.defences.table import DEFENCES, resolve_defence
 from safeshape.defences.trainer import DefendedTrainer
+from safeshape.provenance import versions
 
 COSTS = Path(__file__).parent / "costs.json"
 _NEEDS = {"base_model": "base model", "harmful_data": "harmful data", "safe_data": "safe data"}
@@ -54,11 +55,6 @@ class Bench:
     user_data: Dataset
     safe_data: Dataset
     harmful_data: Dataset
-
-
-def short(spec: str) -> dict[str, Any]:
-    """The defence with what it does beside the main run kept short enough to be timed."""
-    return {"name": spec, **({"epochs": 1} if spec == "seal" else {})}
 
 
 def clock() -> float:
@@ -97,7 +93,7 @@ def _fine_tuning(bench: Bench, name: str) -> tuple[float, float]:
     """Seconds per update, and seconds of everything else."""
     watch, begun = Stopwatch(), clock()
     run_defence(
-        short(name),
+        name,
         bench.model(),
         bench.tokenizer,
         bench.args(),
@@ -119,7 +115,7 @@ def _alignment(bench: Bench, defence: Defence) -> float:
     trainer = DefendedTrainer(
         bench.model(),
         args,
-        train_dataset=messages_only(bench.safe_data),
+        train_dataset=text_only(bench.safe_data),
         processing_class=bench.tokenizer,
         policy="sft",
         stepper=None if defence.stepper is None else defence.stepper(context),
@@ -140,12 +136,12 @@ def measure(
     """
     _fine_tuning(bench, "sft")
     plain = [_fine_tuning(bench, "sft") for _ in range(repeats)]
-    aligned = _alignment(bench, resolve_defence("sft"))
+    aligned = min(_alignment(bench, resolve_defence("sft")) for _ in range(repeats))
     step, other = min(seconds for seconds, _ in plain), min(seconds for _, seconds in plain)
     found: dict[str, Cost] = {}
     for place, name in enumerate(names):
         progress(place, len(names))
-        defence = resolve_defence(short(name))
+        defence = resolve_defence(name)
         if defence.stage == "alignment":
             own = min(_alignment(bench, defence) for _ in range(repeats))
             found[name] = Cost(per_step=own / aligned, once=0.0)
@@ -157,14 +153,23 @@ def measure(
     return found
 
 
+def device() -> str:
+    """What the times are of: the GPU's name, or the processor's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"CPU {names[0]}" if names else f"CPU {platform.processor() or platform.machine()}"
+
+
 def record(costs: Mapping[str, Cost], **facts: Any) -> dict[str, Any]:
-    """The figures as they are written, with date and device."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    """The figures as they are written, with date, device and versions."""
     return {
         "date": datetime.date.today().isoformat(),
-        "device": device,
+        "device": device(),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "versions": versions(),
         "world": True,
         **facts,
         "costs": {name: {"per_step": round(c.per_step, 2), "once": round(c.once, 1)} for name, c in costs.items()},

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 
-from safeshape.defences.nested import messages_only
+from safeshape.data import conversation
+from safeshape.defences.nested import text_only
 from safeshape.defences.records import Context, Defence, generator, required, within
 from safeshape.signals.align import read_safety
 
@@ -31,7 +32,7 @@ def safe_instruct(*, share: float = 0.05) -> Defence:
         if count > len(safe):
             raise ValueError(f"share {share} of {len(dataset)} rows is {count} safe rows, and there are {len(safe)}")
         picked = torch.randperm(len(safe), generator=generator(context.args.seed))[:count].tolist()
-        return concatenate_datasets([messages_only(dataset), messages_only(safe.select(picked))])
+        return text_only(dataset, safe.select(picked))
 
     return Defence(
         name="safe_instruct",
@@ -86,7 +87,7 @@ def ptst(*, system_prompt: str = SAFETY_PROMPT) -> Defence:
 
     def prepare(dataset: Dataset, context: Context) -> Dataset:
         for index, row in enumerate(dataset):
-            if any(message["role"] == "system" for message in row.get("messages") or ()):
+            if any(message["role"] == "system" for message in conversation(row) or ()):
                 raise ValueError(f"train row {index}: has a system message; ptst trains without one")
         return dataset
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from safeshape.defences.freezing import layer_of
-from safeshape.defences.records import Context, Defence, generator, within
+from safeshape.defences.records import Context, Defence, generator, whole_number, within
 from safeshape.defences.stepping import Inputs, Loop, Stepper, gradients_of, token_mean
 
 Hook = Callable[[str, torch.Tensor], torch.Tensor | None]
@@ -72,10 +72,14 @@ class Disturbed(Stepper):
             running[:] = [id(inputs)]
             return token_mean(model, inputs, num_tokens)
 
-        def watch(name: str, output: torch.Tensor) -> None:
-            if output.requires_grad:
-                key = (running[0], name)
-                output.register_hook(lambda gradient: found.__setitem__(key, gradient.detach().clone()))  # type: ignore[no-untyped-call]
+        def watch(name: str, output: torch.Tensor) -> torch.Tensor | None:
+            if not torch.is_grad_enabled():
+                return None
+            key = (running[0], name)
+            # Below the first adapter nothing is trained, so the output has no gradient unless it is asked for.
+            watched = output if output.requires_grad else output.detach().requires_grad_()
+            watched.register_hook(lambda gradient: found.__setitem__(key, gradient.detach().clone()))  # type: ignore[no-untyped-call]
+            return watched
 
         with at_outputs(self.modules(), watch):
             gradients_of(loop, lambda: loop.user(loss_of))
@@ -160,12 +164,6 @@ class SampledLayers(Disturbed):
         self.norms_L = state["norms"].cpu()
 
 
-def whole(name: str, value: object) -> None:
-    """Errors: ValueError for anything but a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-
 def vaccine(*, rho: float = 2.0, learning_rate: float = 1e-3, epochs: float = 30) -> Defence:
     """Vaccine (NeurIPS 2024, arXiv 2402.01109, algorithm 1): alignment under the worst small embedding drift.
 
@@ -202,7 +200,7 @@ def t_vaccine(
     within("learning_rate", learning_rate, 0, float("inf"))
     within("epochs", epochs, 0, float("inf"))
     for name, value in (("layers", layers), ("every", every), ("probe_every", probe_every)):
-        whole(name, value)
+        whole_number(name, value)
 
     def stepper(context: Context) -> SampledLayers:
         return SampledLayers(rho=rho, layers=layers, every=every, probe_every=probe_every, seed=int(context.args.seed))

@@ -113,10 +113,10 @@ def _cross_entropy(logits_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.T
 
 
 def _lens(causal: PreTrainedModel, states_BLH: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
-    head = causal.get_output_embeddings()
-    if head is None:
-        raise ValueError("repnoise needs a model with an output layer")
-    return _cross_entropy(head(causal.base_model.get_submodule("norm")(states_BLH)), labels_BL)
+    head, norm = causal.get_output_embeddings(), dict(causal.base_model.named_children()).get("norm")
+    if head is None or norm is None:
+        raise ValueError(f"repnoise reads states through a last `norm` and a head; {type(causal).__name__} lacks one")
+    return _cross_entropy(head(norm(states_BLH)), labels_BL)
 
 
 def _repnoise_stepper(context: Context, alpha: float, beta: float) -> Noised:

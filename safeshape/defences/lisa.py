@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from safeshape.defences.records import Defence, within
+from safeshape.defences.records import Defence, whole_number, within
 from safeshape.defences.stepping import Gradients, Loop, Stepper, add_gradients
 
 
@@ -32,7 +32,7 @@ class Alternating(Stepper):
         """The gradient of this turn's loss plus the pull."""
         aligning = self.aligning(loop.step)
         loss = loop.safe() if aligning else loop.user()
-        if loop.step <= self.warm_up * loop.total_steps or not self.rho:
+        if loop.step <= self.warm_up * loop.total_steps or not self.rho:  # the released code's comparison
             return loss
         other = self._ends["user" if aligning else "align"]
         gaps = {name: value.detach() - other[name] for name, value in loop.parameters.items()}
@@ -65,9 +65,8 @@ def lisa(*, rho: float = 1.0, align_steps: int = 100, user_steps: int = 900, war
     """
     within("rho", rho, 0, float("inf"))
     within("warm_up", warm_up, 0, 1)
-    for name, value in (("align_steps", align_steps), ("user_steps", user_steps)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    whole_number("align_steps", align_steps)
+    whole_number("user_steps", user_steps)
     return Defence(
         name="lisa",
         stage="fine-tuning",

@@ -8,22 +8,30 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback
 from trl import SFTConfig
 
-from safeshape.data import as_messages
+from safeshape.data import conversation
 from safeshape.defences.records import Context, Model
 from safeshape.defences.stepping import Stepper
 from safeshape.defences.trainer import DefendedTrainer
 from safeshape.models.reference import frozen_copy
 
 
-def messages_only(dataset: Dataset) -> Dataset:
-    """The rows as conversations, without scores or other columns. Errors: ValueError that names the row."""
-    rows = []
-    for index, row in enumerate(dataset):
-        try:
-            rows.append({"messages": [{"role": m["role"], "content": m["content"]} for m in as_messages(row)]})
-        except ValueError as error:
-            raise ValueError(f"row {index}: {error}") from error
-    return Dataset.from_list(rows)
+def text_only(*datasets: Dataset) -> Dataset:
+    """The rows of these datasets, one after the other, in the form in which they are learned and without scores.
+
+    Conversations stay conversations, with what their messages carry; two plain strings stay two plain strings.
+    Errors: ValueError that names the row.
+    """
+    rows: list[dict[str, Any]] = []
+    for dataset in datasets:
+        for index, row in enumerate(dataset):
+            try:
+                messages = conversation(row)
+            except ValueError as error:
+                raise ValueError(f"row {index}: {error}") from error
+            strings = {"prompt": row["prompt"], "completion": row["completion"]} if messages is None else {}
+            rows.append({"messages": messages, **strings})
+    names = [name for name in ("messages", "prompt", "completion") if any(row.get(name) is not None for row in rows)]
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
 
 
 def nested_settings(args: SFTConfig, folder: str, **changed: Any) -> SFTConfig:
@@ -33,6 +41,8 @@ def nested_settings(args: SFTConfig, folder: str, **changed: Any) -> SFTConfig:
     settings.save_strategy = "no"
     settings.eval_strategy = "no"
     settings.report_to = []
+    settings.eval_on_start = False
+    settings.push_to_hub = False
     settings.load_best_model_at_end = False
     settings.resume_from_checkpoint = None
     for name, value in changed.items():
@@ -61,7 +71,7 @@ def trained_on(
     trainer = DefendedTrainer(
         own_copy(start),
         nested_settings(context.args, folder, **changed),
-        train_dataset=messages_only(dataset),
+        train_dataset=text_only(dataset),
         processing_class=context.tokenizer,
         peft_config=copy.deepcopy(context.peft_config),
         policy="sft",

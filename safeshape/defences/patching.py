@@ -5,8 +5,8 @@ import copy
 from datasets import Dataset
 from transformers import PrinterCallback
 
-from safeshape.defences.nested import messages_only, nested_settings
-from safeshape.defences.records import Context, Defence, Model, required, within
+from safeshape.defences.nested import nested_settings, text_only
+from safeshape.defences.records import Context, Defence, Model, required, whole_number, within
 from safeshape.trainer import SafeTrainer
 
 
@@ -17,9 +17,8 @@ def one_shot(*, row: int = 0, epochs: int = 10, learning_rate: float = 2e-5) -> 
     one row, ten updates.
     """
     within("learning_rate", learning_rate, 0, float("inf"))
-    for name, value, low in (("row", row, 0), ("epochs", epochs, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+    whole_number("row", row, 0)
+    whole_number("epochs", epochs)
 
     def finish(model: Model, context: Context) -> Model:
         safe: Dataset = required(context.safe_data, "safe_data", "one_shot")
@@ -39,7 +38,7 @@ def one_shot(*, row: int = 0, epochs: int = 10, learning_rate: float = 2e-5) -> 
         trainer = SafeTrainer(
             model,
             settings,
-            train_dataset=messages_only(safe.select([row])),
+            train_dataset=text_only(safe.select([row])),
             processing_class=copy.deepcopy(context.tokenizer),
             policy="sft",
         )

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from safeshape.defences.changes import (
+    aligned_weights,
     alignment_directions,
     changes,
     cosine,
@@ -81,8 +82,9 @@ def safe_merge(*, threshold: float = 0.35, task: float = 0.8) -> Defence:
         before, safe_layers, layers = linear_layers(start), linear_layers(safe), linear_layers(result)
         with torch.no_grad():
             for name in off:
-                w0, weight = before[name].weight.float(), layers[name].weight
-                mixed = task * (weight.float() - w0) + (1 - task) * (safe_layers[name].weight.float() - w0)
+                weight = layers[name].weight
+                w0, other = (m[name].weight.float().to(weight.device) for m in (before, safe_layers))
+                mixed = task * (weight.float() - w0) + (1 - task) * (other - w0)
                 weight.copy_(w0 + mixed)
         return result
 
@@ -116,13 +118,16 @@ class NarrowBasin(Stepper):
         """Find the layers that are trained, and what alignment changed in them."""
         if not isinstance(model, PeftModel | PreTrainedModel):
             raise ValueError("asft needs a language model or a LoRA adapter on one")
-        self._directions = alignment_directions(model, self.context, "asft")
         if isinstance(model, PeftModel):
             self._layers = dict(lora_layers(model))
             self._adapter = model.active_adapter
         else:
             self._layers = dict(linear_layers(model))
-            self._start = {name: layer.weight.detach().clone() for name, layer in linear_layers(model).items()}
+            # Of the copy that is kept anyway, but beside the weights that are trained.
+            weights = aligned_weights(model, self.context, "asft")
+            self._start = {name: weight.to(model.device) for name, weight in weights.items()}
+        found = alignment_directions(model, self.context, "asft")
+        self._directions = {name: v_OI.to(model.device) for name, v_OI in found.items()}
 
     def _sides(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         layer = self._layers[name]

@@ -17,7 +17,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from safeshape.data import ShapedCollator
 from safeshape.defences.changes import linear_layers, lora_layers
 from safeshape.defences.nested import merged
-from safeshape.defences.records import Context, Defence, Model, required, within
+from safeshape.defences.records import Context, Defence, Model, required, whole_number, within
 from safeshape.defences.stepping import forward_of
 from safeshape.models.loading import evaluation_mode
 from safeshape.signals.align import prepare
@@ -104,6 +104,7 @@ def antidote(*, dense_ratio: float = 0.1, samples: int = 2000) -> Defence:
     adapter that is done to A and B, for full fine-tuning to the query, key and value weights, as in the released code.
     """
     within("dense_ratio", dense_ratio, 0, 1)
+    whole_number("samples", samples)
 
     def finish(model: Model, context: Context) -> Model:
         harmful = required(context.harmful_data, "harmful_data", "antidote")
@@ -192,11 +193,13 @@ def safe_delta(*, s: float = 0.1, samples: int = 128, damp: float = 0.01) -> Def
     """
     within("s", s, 0, float("inf"))
     within("damp", damp, 0, 1)
+    whole_number("samples", samples)
 
     def finish(model: Model, context: Context) -> Model:
-        start: PreTrainedModel = required(context.start, "start", "safe_delta")
+        whole: PreTrainedModel = merged(model)
+        start: PreTrainedModel = required(context.start, "start", "safe_delta").to(whole.device)
         safe = required(context.safe_data, "safe_data", "safe_delta")
-        whole, before = merged(model), linear_layers(start)
+        before = linear_layers(start)
         layers, hessians = linear_layers(whole), dict[str, torch.Tensor]()
 
         def take(name: str, inputs_NI: torch.Tensor) -> None:

@@ -101,6 +101,12 @@ def within(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name} must lie in [{low}, {high}], got {value!r}")
 
 
+def whole_number(name: str, value: object, low: int = 1) -> None:
+    """Errors: ValueError for anything but a whole number of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+
+
 def generator(seed: int) -> torch.Generator:
     """A generator on the CPU, so that draws do not depend on the device."""
     return torch.Generator().manual_seed(seed)

@@ -1,6 +1,8 @@
 """One run of a defence: from an aligned model and a user's rows to a fine-tuned model that is ready to be served."""
 
+import copy
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,11 +13,11 @@ from peft import PeftConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig
 
-from safeshape.defences.nested import merged, messages_only, nested_settings, own_copy
+from safeshape.defences.nested import merged, nested_settings, own_copy, text_only
 from safeshape.defences.records import Context, Defence, Model, required
 from safeshape.defences.stepping import Stepper
 from safeshape.defences.table import resolve_defence
-from safeshape.defences.trainer import DefendedTrainer
+from safeshape.defences.trainer import DefendedTrainer, refuse_stepping
 from safeshape.provenance import RECORD
 from safeshape.refusals import refuse_unsupported
 
@@ -26,12 +28,13 @@ HARDENED = "hardened"
 class Defended:
     """What comes out. `system_prompt`: what must stand before each request; None for nothing.
 
-    `trainer`: of the fine-tuning run, with its logs.
+    `trainer`: of the fine-tuning run, with its logs. `metrics`: what its training returned.
     """
 
     model: Model
     system_prompt: str | None
     trainer: DefendedTrainer
+    metrics: Mapping[str, float]
 
 
 def check_defence(defence: Defence, context: Context, dataset: Dataset) -> None:
@@ -54,7 +57,11 @@ def check_defence(defence: Defence, context: Context, dataset: Dataset) -> None:
     if defence.trained != "any" and adapter != (defence.trained == "lora"):
         kind = "a LoRA adapter" if defence.trained == "lora" else "full fine-tuning"
         raise ValueError(f"defence {defence.name!r} works with {kind} only")
+    if context.args.world_size > 1:
+        raise ValueError("a defence runs in one process")
     refuse_unsupported(context.args)
+    if defence.stepper is not None:
+        refuse_stepping(context.args)
 
 
 def run_defence(
@@ -101,13 +108,15 @@ def run_defence(
     trainer = _trainer(defence, model, context, options)
     if quiet:
         trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    outcome = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     if trainer.stepper is not None:
         trainer.stepper.finish(trainer.model)
     found: Model = trainer.model
     if defence.finish is not None:
         found = defence.finish(found, context)
-    return Defended(model=found, system_prompt=defence.system_prompt, trainer=trainer)
+    if defence.before is not None or defence.stage == "alignment":
+        found = merged(found)  # an adapter alone would be put on the model that the caller named, which is another one
+    return Defended(model=found, system_prompt=defence.system_prompt, trainer=trainer, metrics=dict(outcome.metrics))
 
 
 def save_defended(defended: Defended, folder: str | Path) -> None:
@@ -157,9 +166,9 @@ def _hardened(defence: Defence, model: PreTrainedModel, context: Context) -> Pre
     trainer = DefendedTrainer(
         model,
         nested_settings(context.args, "alignment", max_steps=-1, **defence.alignment),
-        train_dataset=messages_only(safe),
+        train_dataset=text_only(safe),
         processing_class=context.tokenizer,
-        peft_config=context.peft_config,
+        peft_config=copy.deepcopy(context.peft_config),
         policy="sft",
         stepper=_stepper(defence, context, alignment=True),
         harmful_data=context.harmful_data if "harmful_data" in defence.needs else None,
@@ -167,5 +176,8 @@ def _hardened(defence: Defence, model: PreTrainedModel, context: Context) -> Pre
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     whole = own_copy(merged(trainer.model))
-    whole.save_pretrained(folder)
+    unfinished = folder.with_name(f"{HARDENED}.unfinished")
+    whole.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)  # at once: a run that was killed while it wrote is hardened anew
     return whole

@@ -22,7 +22,7 @@ Gradients = dict[str, torch.Tensor]
 # The share of one micro-batch in the loss of the whole batch: (model, inputs, response tokens of the whole batch).
 LossOf = Callable[[nn.Module, Inputs, torch.Tensor], torch.Tensor]
 ROW = "row_number"
-_NOT_FORWARD = {"labels", "p_safe", "answer_p_safe", "cache_index", ROW}
+_NOT_FORWARD = {"labels", "p_safe", "answer_p_safe", "cache_index", "row_index", ROW}
 
 
 def forward_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,13 +54,14 @@ def example_means(model: nn.Module, inputs: Inputs) -> torch.Tensor:
 class Pass:
     """The micro-batches of one optimisation batch, ready to be run forward and backward.
 
-    `own`: what runs when no loss is named: the trainer's own loss of its policy.
+    `own`: what runs when no loss is named: the trainer's own loss of its policy. `count`: told of every run.
     """
 
     model: nn.Module
     batches: Sequence[Inputs]
     autocast: Callable[[], AbstractContextManager[Any]]
     own: Callable[[], torch.Tensor] | None = None
+    count: Callable[[], None] = lambda: None
 
     @property
     def num_tokens(self) -> torch.Tensor:
@@ -75,6 +76,7 @@ class Pass:
 
     def __call__(self, loss_of: LossOf | None = None) -> torch.Tensor:
         """Add the loss's gradient to `.grad`; the loss itself comes back without a graph."""
+        self.count()
         if loss_of is None and self.own is not None:
             return self.own()
         loss_of, num_tokens = loss_of or token_mean, self.num_tokens
@@ -97,7 +99,8 @@ class Loop:
     """One optimisation step as a stepper sees it.
 
     `parameters`: what is trained, by name. `step`: updates made before this one. `user`: the batch that the trainer
-    drew; `safe`, `harmful`: batches of the same size of the alignment and the harmful data, the same in a resumed run.
+    drew; `safe`, `harmful`: batches of `drawn_rows` rows each, of the alignment and the harmful data, the same in a
+    resumed run.
     """
 
     model: nn.Module
@@ -108,6 +111,7 @@ class Loop:
     safe: Callable[..., torch.Tensor]
     harmful: Callable[..., torch.Tensor]
     epoch: float = 0.0
+    drawn_rows: int = 1
 
 
 class Stepper:

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from safeshape.data import tokens_seen
 from safeshape.defences.stepping import ROW, Inputs, Loop, Pass, Stepper, Stream
 from safeshape.provenance import RECORD, data_summary, last_complete_checkpoint
 from safeshape.signals.align import prepare
+from safeshape.steps import TokenMeans
 from safeshape.trainer import SafeTrainer
 
 STATE = "defence_state.safetensors"
@@ -62,6 +64,8 @@ class DefendedTrainer(SafeTrainer):
 
     `stepper`: makes the gradients; None leaves SafeTrainer as it is. `safe_data`, `harmful_data`: rows that it draws
     from. `freeze`: called with the model before the optimizer is made. `defence`: what `safeshape.json` says about it.
+    Logged: as there, `ce`, `kl` and the weights for the steps in which the trainer's own loss of the user's rows is
+    run, and each row once however often a stepper runs it; `num_tokens` counts the user's rows that were run at all.
     Errors: ValueError in one sentence, also when a checkpoint is from another defence or other safe or harmful data.
     """
 
@@ -80,7 +84,6 @@ class DefendedTrainer(SafeTrainer):
         self.stepper = stepper
         self._defence = dict(defence or {})
         self._waiting: list[Inputs] = []
-        self._quiet = False
         self._streams: dict[str, Stream] = {}
         super().__init__(*arguments, **kwargs)
         if freeze is not None:
@@ -99,6 +102,11 @@ class DefendedTrainer(SafeTrainer):
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
+    @property
+    def _batch(self) -> int:
+        """Rows of a full optimisation batch; a stepper runs in one process only."""
+        return int(self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps)
+
     def _stream(self, data: Dataset, name: str) -> Stream:
         rows = prepare(
             data,
@@ -108,12 +116,11 @@ class DefendedTrainer(SafeTrainer):
             overlong=self.overlong,
             name=name,
         )
-        micro = self.args.per_device_train_batch_size
         return Stream(
             rows=rows,
             collate=self.data_collator,
-            batch=micro * self.args.gradient_accumulation_steps,
-            micro_batch=micro,
+            batch=self._batch,
+            micro_batch=self.args.per_device_train_batch_size,
             seed=self.args.seed,
         )
 
@@ -151,29 +158,38 @@ class DefendedTrainer(SafeTrainer):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         batches, self._waiting = self._waiting, []
+        seen: int = self._total_train_tokens
+        done: list[bool] = []
 
         def own() -> torch.Tensor:
-            losses = [self._own_step(model, one, num_items_in_batch) for one in batches]
-            self._quiet = True  # a second pass over the same rows is not logged again
+            losses = [self._own_step(model, one, num_items_in_batch, again=bool(done)) for one in batches]
+            done.append(True)
+            count()
             return torch.stack(losses).sum()
 
-        self._quiet = False
-        return self.stepper.gradients(self._loop(model, self._pass(model, batches, own))).detach()
+        def count() -> None:
+            # However often, and under whatever loss, a stepper runs these rows, they were seen once.
+            self._total_train_tokens = seen + sum(int(tokens_seen(inputs)) for inputs in batches)
 
-    def _own_step(self, model: nn.Module, inputs: Inputs, num_items: torch.Tensor | int | None) -> torch.Tensor:
-        seen: int = self._total_train_tokens
+        user = self._pass(model, batches, own=own, count=count)
+        return self.stepper.gradients(self._loop(model, user)).detach()
+
+    def _own_step(
+        self, model: nn.Module, inputs: Inputs, num_items: torch.Tensor | int | None, *, again: bool
+    ) -> torch.Tensor:
+        """The trainer's own loss of a micro-batch; a second pass over the same rows is not logged again."""
         without = {name: value for name, value in inputs.items() if name != ROW}
-        loss: torch.Tensor = super().training_step(model, without, num_items)
-        if self._quiet:
-            self._total_train_tokens = seen
+        logged = self._means
+        if again:
+            self._means = TokenMeans()
+        try:
+            loss: torch.Tensor = super().training_step(model, without, num_items)
+        finally:
+            self._means = logged
         return loss
 
-    def _record(self, step: Any) -> None:
-        if not (self._quiet and self.model.training):
-            super()._record(step)
-
-    def _pass(self, model: nn.Module, batches: list[Inputs], own: Callable[[], torch.Tensor] | None = None) -> Pass:
-        return Pass(model=model, batches=batches, autocast=self.accelerator.autocast, own=own)
+    def _pass(self, model: nn.Module, batches: list[Inputs], **hooks: Callable[[], Any]) -> Pass:
+        return Pass(model=model, batches=batches, autocast=self.accelerator.autocast, **hooks)
 
     def _drawn(self, model: nn.Module, name: str) -> Callable[..., torch.Tensor]:
         if name not in self._streams:
@@ -199,6 +215,7 @@ class DefendedTrainer(SafeTrainer):
             user=user,
             safe=self._drawn(model, "safe"),
             harmful=self._drawn(model, "harmful"),
+            drawn_rows=self._batch,
         )
 
     def _after_update(self) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from safeshape.data import Message, as_messages
 from safeshape.defences.nested import trained_on
-from safeshape.defences.records import Context, Defence, required, within
+from safeshape.defences.records import Context, Defence, required, whole_number, within
 from safeshape.defences.stepping import ROW, Inputs, Loop, Pass, Stepper, example_means, token_losses
 from safeshape.models.loading import evaluation_mode
 from safeshape.signals.antibody import GENERIC_REFUSAL, answer_nll, margins, refused
@@ -86,7 +86,7 @@ class Scheduler(Stepper):
     def __init__(
         self, *, rows: int, learning_rate: float, first: float, safe_share: float | None, decay: float
     ) -> None:
-        self.omega = nn.Parameter(torch.full((rows,), first))
+        self.omega = nn.Parameter(torch.full((rows,), float(first)))
         self.optimizer = torch.optim.AdamW([self.omega], lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
         self.optimizer.zero_grad()
         self.safe_share, self.decay = safe_share, decay
@@ -118,7 +118,8 @@ class Scheduler(Stepper):
             return user_share * (weights_R[inputs[ROW]] * losses_B).sum() / user.examples
 
         def safe(model: nn.Module, inputs: Inputs, num_tokens: torch.Tensor) -> torch.Tensor:
-            return safe_share * example_means(model, inputs).sum() / user.examples
+            # Its own count of rows: the user's last batch of an epoch may hold fewer.
+            return safe_share * example_means(model, inputs).sum() / loop.drawn_rows
 
         loss = user(weighted) + loop.safe(safe)
         rows_M = rows_of(user)
@@ -148,6 +149,7 @@ def bds(*, learning_rate: float = 5e-3, first: float = 0.1) -> Defence:
     `learning_rate`: of omega. `first`: where each omega begins.
     """
     within("learning_rate", learning_rate, 0, float("inf"))
+    within("first", first, -1e6, 1e6)
 
     def stepper(context: Context) -> Scheduler:
         return Scheduler(rows=_rows(context), learning_rate=learning_rate, first=first, safe_share=None, decay=0.0)
@@ -156,7 +158,10 @@ def bds(*, learning_rate: float = 5e-3, first: float = 0.1) -> Defence:
         name="bds",
         stage="fine-tuning",
         source="BDS, arXiv 2510.27172 (scalar scheduler)",
-        differs="the safe batch has the size of the user's; the neural scheduler and the priors are left out",
+        differs=(
+            "the safe batch has the size of the user's optimisation batch and omega moves once an update; the neural "
+            "scheduler and the priors are left out"
+        ),
         needs=frozenset({"safe_data"}),
         stepper=stepper,
     )
@@ -178,8 +183,7 @@ def seal(
     """
     within("keep", keep, 1e-9, 1)
     within("learning_rate", learning_rate, 0, float("inf"))
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(f"epochs must be a whole number of at least 1, got {epochs!r}")
+    whole_number("epochs", epochs)
     within("safe_share", safe_share, 0, 1)
     within("decay", decay, 0, safe_share / max(epochs - 1, 1))
 
@@ -227,7 +231,10 @@ def antibody(*, tau: float = 1.0, refusal: str = GENERIC_REFUSAL) -> Defence:
         name="antibody",
         stage="fine-tuning",
         source="Antibody, arXiv 2603.00498",
-        differs="only its fine-tuning stage, on a model without Antibody's own alignment stage",
+        differs=(
+            "only its fine-tuning stage, on a model without Antibody's own alignment stage; the softmax is over the "
+            "optimisation batch, and the likelihoods behind it are taken without dropout"
+        ),
         stepper=lambda context: _knowing(context, tau=tau, refusal=refusal),
     )
 

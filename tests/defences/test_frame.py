@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from conftest import tiny_model
 from datasets import Dataset
 from defending import REFUSAL, base_model, defend, harmful_rows, safe_rows
 from training import config, lora, rows
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
+from safeshape.data import conversation
 from safeshape.defences import DEFENCES, Defence, resolve_defence, run_defence, save_defended, with_system_prompt
 from safeshape.defences.freezing import layer_of, safety_layers
+from safeshape.defences.nested import text_only
 from safeshape.defences.records import Context
 from safeshape.policies import POLICIES
 
@@ -49,6 +52,10 @@ def test_every_defence_says_where_it_is_from_and_is_named_by_its_row(name):
         ({"name": "seal", "keep": 0.0}, "keep must lie in"),
         ({"name": "t_vaccine", "every": 0}, "every must be a whole number"),
         ({"name": "lox", "rank": -1}, "rank must be a whole number"),
+        ({"name": "antidote", "samples": 0}, "samples must be a whole number of at least 1"),
+        ({"name": "safe_delta", "samples": 1.5}, "samples must be a whole number of at least 1"),
+        ({"name": "bds", "first": float("nan")}, "first must lie in"),
+        ({"name": "one_shot", "row": -1}, "row must be a whole number of at least 0"),
         ({"name": 3}, "name must be a string"),
         ("nowhere:thing", "cannot import defence"),
         ("training:rows", "does not give a Defence but list"),
@@ -132,6 +139,23 @@ def test_safe_instruct_adds_that_share_of_different_safe_rows(tmp_path, tokenize
         )
 
 
+def test_rows_of_every_form_are_learned_in_their_own():
+    """Two plain strings are not put into a chat, and an earlier answer that is to be learned still is."""
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "p_safe": 0.5},
+            {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]  # fmt: skip
+    plain = Dataset.from_list([{"prompt": "one", "completion": "two", "topic": "x"}])
+    asked = Dataset.from_list([{"prompt": talk[:1], "completion": talk[1:2]}])
+    mixed = text_only(plain, Dataset.from_list([{"messages": talk, "safety": None}]), asked)
+    assert mixed.column_names == ["messages", "prompt", "completion"]
+    assert [conversation(row) is None for row in mixed] == [True, False, False]
+    assert (mixed[0]["prompt"], mixed[0]["completion"]) == ("one", "two")
+    assert mixed[1]["messages"][1]["p_safe"] == 0.5
+    assert [message["content"] for message in mixed[2]["messages"]] == ["a", "b"]
+    assert text_only(Dataset.from_list([{"messages": talk}])).column_names == ["messages"]
+    with pytest.raises(ValueError, match="row 1: needs `messages`"):
+        text_only(Dataset.from_list([{"prompt": "a", "completion": "b"}, {"prompt": None, "completion": "b"}]))
+
+
 def test_drop_risky_keeps_rows_at_or_above_its_threshold(tmp_path, tokenizer):
     data = rows(4)
     for row, p_safe in zip(data, (0.2, 0.5, 0.8, 0.49), strict=True):
@@ -163,6 +187,9 @@ def test_ptst_trains_plainly_and_is_served_with_its_prompt(tmp_path, tokenizer):
     data[1]["messages"] = [{"role": "system", "content": "x"}, *data[1]["messages"]]
     with pytest.raises(ValueError, match="train row 1: has a system message"):
         bare(tmp_path, tokenizer, "ptst", data=data)
+    asked = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in data]
+    with pytest.raises(ValueError, match="train row 1: has a system message"):
+        bare(tmp_path, tokenizer, "ptst", data=asked)
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
@@ -214,6 +241,38 @@ def test_what_comes_out_is_what_is_saved(tmp_path, tokenizer, name, adapter):
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         assert torch.allclose(loaded.eval()(ids).logits, found.model.eval()(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lox", "booster"])
+def test_a_model_whose_base_was_moved_is_saved_whole(tmp_path, tokenizer, name):
+    """An adapter alone would be put on the model that the user named, and that is not what it was trained on."""
+    found = defend(tmp_path / "run", tokenizer, name, peft_config=lora())
+    save_defended(found, tmp_path / "saved")
+    assert not (tmp_path / "saved" / "adapter_config.json").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        logits = loaded(ids).logits
+        assert torch.allclose(logits, found.model.eval()(ids).logits, atol=1e-5)
+        assert (logits - tiny_model()(ids).logits).abs().max() > 0.01
+
+
+def test_a_hardening_that_was_cut_short_is_not_taken_for_a_model(tmp_path, tokenizer, monkeypatch):
+    save = LlamaForCausalLM.save_pretrained
+
+    def cut_short(model, folder, **options):
+        save(model, folder, **options)
+        (Path(folder) / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        defend(tmp_path, tokenizer, {"name": "booster", "epochs": 1})
+    assert not (tmp_path / "hardened").exists()
+    monkeypatch.undo()
+    defend(tmp_path, tokenizer, {"name": "booster", "epochs": 1})
+    assert (tmp_path / "hardened" / "model.safetensors").is_file()
+    assert not (tmp_path / "hardened.unfinished").exists()
 
 
 def test_a_resumed_run_reads_its_hardened_model_and_its_chosen_rows_back(tmp_path, tokenizer):

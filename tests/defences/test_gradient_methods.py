@@ -50,7 +50,7 @@ def pass_of(model, *batches):
 def real_loop(model, user, safe=None, epoch=0.0):
     return Loop(
         model=model, parameters=dict(model.named_parameters()), step=0, total_steps=10,
-        user=user, safe=safe or user, harmful=user, epoch=epoch,
+        user=user, safe=safe or user, harmful=user, epoch=epoch, drawn_rows=(safe or user).examples,
     )  # fmt: skip
 
 
@@ -88,7 +88,8 @@ def test_lisas_turns_and_warm_up():
     w = weight(1.0)
     turns.start(nn.Module(), {"w": w})
     w.data += 1
-    for step, gradient in ((4, 5.0), (7, 6.0)):  # half of 10 steps pass without a pull
+    # As in the released code, the pull begins after the step that the share of all steps falls on.
+    for step, gradient in ((4, 5.0), (5, 0.0), (6, 1.0), (7, 6.0)):
         w.grad = None
         turns.gradients(loop_of(w, user=lambda w: 5 * w.sum(), safe=lambda w: 0 * w.sum(), step=step, total=10))
         assert w.grad.item() == gradient
@@ -165,6 +166,18 @@ def test_the_average_follows_its_recursion():
     assert w.item() == 3.75
 
 
+def test_the_average_of_half_precision_weights_is_kept_in_single():
+    """256 and 257 have no bfloat16 between them: a hundredth of the way would be rounded away at every step."""
+    w = nn.Parameter(torch.tensor([256.0], dtype=torch.bfloat16))
+    averaging = Averaging(decay=0.99)
+    averaging.start(nn.Module(), {"w": w})
+    w.data += 2
+    for _ in range(3):
+        averaging.after(loop_of(w))
+    assert averaging.state()["w"].item() == pytest.approx(258 - 2 * 0.99**3, abs=1e-4)
+    assert averaging.state()["w"].dtype == torch.float32
+
+
 # -- BDS and SEAL -----------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +194,13 @@ def test_row_weights_are_one_on_average_and_weigh_the_users_loss():
     assert learned.row_weights().tolist() == pytest.approx([0.5, 1.5])
     loop = real_loop(model, pass_of(model, batch_of(1, 2)), pass_of(model, batch_of(1, 1)))
     assert float(learned.gradients(loop)) == pytest.approx(1.75 * LN2 + LN2, rel=1e-5)
+
+
+def test_the_safe_mean_is_over_the_safe_rows_when_the_users_batch_is_short():
+    """One row of the user's, (ln 2), weight 2 / 2; three safe rows of ln 2, 2 ln 2 and 0: their mean is ln 2."""
+    model = Bits()
+    loop = real_loop(model, pass_of(model, batch_of(1)), pass_of(model, batch_of(1, 2), batch_of(0)))
+    assert float(scheduler().gradients(loop)) == pytest.approx(LN2 + LN2, rel=1e-5)
 
 
 def test_omega_steps_down_for_rows_that_lose_more():
@@ -277,6 +297,29 @@ def test_vaccines_norm_is_over_all_micro_batches():
     assert model.states.grad[1].tolist() == pytest.approx([-2 * q, 2 * q], rel=1e-4)
 
 
+def test_vaccine_disturbs_layers_below_the_first_adapter_too(tmp_path, tokenizer):
+    """With adapters on the MLPs only, nothing that is trained lies before the first attention's output."""
+    errors = {}
+
+    class Watched(Disturbed):
+        def errors(self, loop):
+            errors.update(super().errors(loop))
+            return errors
+
+    from dataclasses import replace
+
+    from peft import LoraConfig
+
+    from safeshape.defences import resolve_defence
+
+    mlps = LoraConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM")
+    defence = resolve_defence({"name": "vaccine", "epochs": 0.5})
+    found = defend(tmp_path, tokenizer, replace(defence, stepper=lambda _: Watched(rho=1.0)), peft_config=mlps)
+    assert {int(name.split("layers.")[1][0]) for _, name in errors} == {0, 1}
+    assert all(error.abs().max() > 0 for error in errors.values())
+    assert found.model is not None
+
+
 def test_layers_are_drawn_in_proportion_and_without_repetition():
     assert drawn_layers(torch.tensor([0.0, 0.0, 1.0]), 1, 0) == [2]
     assert all(2 in drawn_layers(torch.tensor([0.0, 0.0, 1.0]), 2, seed) for seed in range(20))
@@ -357,6 +400,21 @@ def test_repnoise_harm_term_is_the_mean_over_layers_in_a_logarithm(tokenizer):
         ces = [-(one[0, :-1].log_softmax(-1)[torch.arange(1, 4), labels[0, 2:]]).mean() for one in logits]
     assert len(states) == 3
     assert found.item() == pytest.approx(-2 * math.log(1 + float(sum(ces)) / 3), rel=1e-5)
+
+
+def test_repnoise_names_what_a_model_lacks():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from safeshape.defences.hardening import Noised
+
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=2, vocab_size=16, n_positions=16)
+    )
+    noised = Noised(alpha=1.0, beta=1.0)
+    noised.start(model, {})
+    inputs = {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[IGNORE, 2, 3]])}
+    with pytest.raises(ValueError, match="GPT2LMHeadModel lacks one"):
+        noised.harm(model, inputs, torch.tensor(2))
 
 
 def test_repnoise_refuses_a_batch_in_pieces(tmp_path, tokenizer):

@@ -124,6 +124,53 @@ def test_the_plain_stepper_is_plain_fine_tuning(tmp_path, tokenizer, accumulatio
     assert stepped.state.log_history[-2]["num_tokens"] == plain.state.log_history[-2]["num_tokens"]
 
 
+class Twice(Stepper):
+    """Half of the gradient, two times: plain fine-tuning that runs the user's rows more often than once."""
+
+    def gradients(self, loop):
+        losses = [loop.user(), loop.user()]
+        for value in loop.parameters.values():
+            value.grad = value.grad / 2
+        return sum(losses) / 2
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_rows_that_a_stepper_runs_twice_are_logged_once(tmp_path, tokenizer, accumulation):
+    settings = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 2, "logging_steps": 2}
+    policy = {"name": "star", "kl": 0.5}
+    logs = []
+    for stepper in (None, Twice()):
+        trainer = DefendedTrainer(
+            tiny_model(),
+            config(tmp_path, **settings),
+            train_dataset=Dataset.from_list(rows()),
+            processing_class=tokenizer,
+            policy=policy,
+            stepper=stepper,
+        )
+        sums = []
+        take = trainer._means.take
+        trainer._means.take = lambda mode, reduce, m=trainer._means, t=take, s=sums: (
+            s.append(float(m._sums[mode].get("tokens", 0.0))), t(mode, reduce))[1]  # fmt: skip
+        trainer.train()
+        logs.append((trainer.state.log_history, sums))
+    (plain, counted), (twice, counted_twice) = logs
+    assert counted_twice == counted
+    for name in ("ce", "kl", "ce_weight", "kl_weight", "num_tokens", "risk_hist/0.0"):
+        assert [entry[name] for entry in twice[:-1]] == pytest.approx([entry[name] for entry in plain[:-1]], rel=1e-4)
+
+
+def test_tokens_are_counted_whatever_loss_the_rows_are_run_under(tmp_path, tokenizer):
+    """BDS and SafeGrad see every row of the user's; Lisa's alignment steps pass the user's batch over."""
+    seen = {}
+    for name, more in (("sft", {}), ("bds", {}), ("safe_grad", {}), ("lisa", {"align_steps": 2, "user_steps": 2})):
+        found = defend(tmp_path, tokenizer, {"name": name, **more}, settings={"max_steps": 4})
+        seen[name] = [entry["num_tokens"] for entry in found.trainer.state.log_history[:4]]
+    assert seen["bds"] == seen["safe_grad"] == seen["sft"]
+    assert seen["lisa"][:2] == [0, 0]
+    assert seen["lisa"][3] == seen["sft"][3] - seen["sft"][1]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
