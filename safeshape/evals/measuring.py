@@ -103,6 +103,8 @@ def judge_all(
 def _by(task: Task, scorer: str, by: str, tools: Tools, names: Names) -> str:
     if scorer == "refusal" and tools.refuses is not None:
         return names.refuses
+    if by == "own":
+        return scorer
     if by == "task":
         return "oracle" if task.world else "criterion"
     return {"judge": names.judge, "guard": names.guard}.get(by, by)
