@@ -67,7 +67,7 @@ class Answering(Protocol):
 
 
 def weights_hash(model: PreTrainedModel | PeftModel) -> str:
-    """SHA-256 over the configuration and every weight and buffer, those of adapters and how they are scaled included."""
+    """SHA-256 over the configuration and all weights and buffers, adapters with their scaling included."""
     digest = hashlib.sha256()
     config = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_name_or_path")}
     adapters = {name: one.to_dict() for name, one in model.peft_config.items()} if isinstance(model, PeftModel) else {}

@@ -254,11 +254,11 @@ def _task(name: str, suite: Suite, kind: Kind, items: Sequence[Item], notes: Seq
 
 
 def _drawn(name: str, items: Sequence[Item]) -> tuple[int, float | None]:
-    """How many answers an attack wants drawn at each prompt, and at which temperature. Errors: ValueError for several."""
+    """How many answers an attack wants drawn at each prompt, at which temperature. Errors: ValueError for several."""
     found = {(item.samples, item.temperature) for item in items}
     if len(found) > 1:
         raise ValueError(
-            f"task {name!r} holds attempts with different samples or temperatures; write each kind into a file of its own"
+            f"task {name!r} holds attempts with different samples or temperatures; write each kind to its own file"
         )
     return found.pop()
 
