@@ -53,7 +53,11 @@ def known_mean() -> Metric:
 @metric
 def failed() -> Metric:
     """How many answers have no verdict."""
-    return lambda scores: float(sum(math.isnan(one.score.as_float()) for one in scores))
+
+    def compute(scores: list[SampleScore]) -> float:  # Inspect reads the annotation to know what to pass
+        return float(sum(math.isnan(one.score.as_float()) for one in scores))
+
+    return compute
 
 
 def _scorer(name: str, task: Task, tools: Tools) -> InspectScorer:

@@ -96,7 +96,8 @@ def judge_all(
                     settings=settings,
                 )
             )
-    progress("tasks judged", len(asked), len(asked))
+    if asked:
+        progress("tasks judged", len(asked), len(asked))
     return found
 
 
