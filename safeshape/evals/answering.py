@@ -5,16 +5,19 @@ samples; so a run that was killed goes on, and no run reads the answers of anoth
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from accelerate import Accelerator
+import torch
+from jinja2.exceptions import TemplateError
 from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from safeshape.caching import model_hash
 from safeshape.client import Client, Reply
 from safeshape.data import Message
 from safeshape.evals.records import Answered
@@ -59,9 +62,34 @@ class Answering(Protocol):
     def answer(self, asks: Sequence[Ask]) -> Iterator[list[Answered]]:
         """Some answers at a time, in any order; each carries the *position* of its ask as `index`."""
 
+    def close(self) -> None:
+        """Give up what is under way."""
+
+
+def weights_hash(model: PreTrainedModel | PeftModel) -> str:
+    """SHA-256 over the configuration and all weights and buffers, adapters with their scaling included."""
+    digest = hashlib.sha256()
+    config = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_name_or_path")}
+    adapters = {name: one.to_dict() for name, one in model.peft_config.items()} if isinstance(model, PeftModel) else {}
+    for adapter in adapters.values():
+        adapter.pop("base_model_name_or_path", None)  # where it lies changes no answer
+    digest.update(json.dumps([config, adapters], sort_keys=True, default=_plain).encode())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not have, of a configuration: sets of names, and types."""
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
+
 
 class LocalModel:
-    """A Hugging Face model in this process. `batch_size`: answers generated at once; it changes no answer."""
+    """A Hugging Face model in this process. `batch_size`: answers generated at once; it changes no answer.
+
+    A prompt that the chat template rejects, or that fills all the model can read, has no answer but the reason.
+    """
 
     def __init__(
         self,
@@ -82,7 +110,7 @@ class LocalModel:
             text = self.tokenizer.backend_tokenizer.to_str() + str(self.tokenizer.chat_template)
             self._identity = {
                 "engine": "local",
-                "weights": model_hash(self.model, Accelerator()),
+                "weights": weights_hash(self.model),
                 "tokenizer": hashlib.sha256(text.encode()).hexdigest(),
                 "generation": self.model.generation_config.to_diff_dict(),
                 "dtype": str(self.model.dtype),
@@ -94,7 +122,11 @@ class LocalModel:
         """Batches of answers, of asks that share their settings."""
         groups: dict[tuple[int, Sampling | None], list[int]] = {}
         for place, ask in enumerate(asks):
-            groups.setdefault((ask.max_new_tokens, ask.sampling), []).append(place)
+            problem = self._problem(ask)
+            if problem is not None:
+                yield [Answered(index=place, sample=ask.sample, text=None, error=problem)]
+            else:
+                groups.setdefault((ask.max_new_tokens, ask.sampling), []).append(place)
         for (max_new_tokens, sampling), places in groups.items():
             batches = generate_batches(
                 self.model,
@@ -111,6 +143,26 @@ class LocalModel:
                     for row, text in batch.items()
                 ]
 
+    def _problem(self, ask: Ask) -> str | None:
+        """Why a prompt cannot be answered; None where it can."""
+        begun = ask.messages[-1]["role"] == "assistant"
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(m) for m in ask.messages],
+                tokenize=False,
+                add_generation_prompt=not begun,
+                continue_final_message=begun,
+            )
+        except TemplateError as error:
+            return f"the chat template rejects the conversation: {error}"
+        tokens = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        config = self.model.config.get_text_config().to_dict()
+        limit = config.get("max_position_embeddings")
+        return None if limit is None or tokens < limit else f"the prompt has {tokens} tokens; the model reads {limit}"
+
+    def close(self) -> None:
+        """Nothing is under way."""
+
 
 class ServerModel:
     """A model behind an OpenAI-compatible chat server. `request`: further fields of every request.
@@ -120,6 +172,8 @@ class ServerModel:
 
     def __init__(self, client: Client, *, request: Mapping[str, Any] | None = None) -> None:
         self.client, self.name, self.request = client, client.model, dict(request or {})
+        for field in sorted(_OURS & set(self.request)):
+            raise ValueError(f"request must not hold {field!r}; it has a setting of its own")
         served = client.check()
         self._served = {key: served[key] for key in ("root", "parent", "meta") if served.get(key) is not None}
 
@@ -134,11 +188,26 @@ class ServerModel:
         }
 
     def answer(self, asks: Sequence[Ask]) -> Iterator[list[Answered]]:
-        """One answer at a time, in order."""
-        requests = ((place, self._body(ask)) for place, ask in enumerate(asks))
-        for place, reply in self.client.stream("chat", requests):
-            assert reply is not None
-            yield [_read(place, asks[place], reply)]
+        """Answers as they arrive, so that a killed run loses none that came. Errors: ValueError as of the client."""
+        places = iter(range(len(asks)))
+        waiting: dict[Future[Reply], int] = {}
+        try:
+            while True:
+                for place in islice(places, 2 * self.client.concurrency - len(waiting)):
+                    waiting[self.client.submit("chat", self._body(asks[place]))] = place
+                if not waiting:
+                    return
+                done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                for one in done:
+                    place = waiting.pop(one)
+                    yield [_read(place, asks[place], one.result())]
+        finally:
+            for one in waiting:
+                one.cancel()
+
+    def close(self) -> None:
+        """Give up what is under way and close the connections."""
+        self.client.close()
 
     def _body(self, ask: Ask) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -152,6 +221,9 @@ class ServerModel:
         if ask.messages[-1]["role"] == "assistant":  # as vLLM and SGLang name it
             more = {"add_generation_prompt": False, "continue_final_message": True, **more}
         return {**body, "extra_body": more} if more else body
+
+
+_OURS = {"messages", "model", "n", "max_tokens", "temperature", "top_p", "seed", "stream"}
 
 
 def _read(place: int, ask: Ask, reply: Reply) -> Answered:
@@ -178,10 +250,10 @@ def load_model(
     if not (folder / "adapter_config.json").exists():
         model, tokenizer = load(name, revision=revision, dtype=dtype)
         return model.to(device), tokenizer
-    base = PeftConfig.from_pretrained(name).base_model_name_or_path
-    if not base:
+    adapter = PeftConfig.from_pretrained(name)
+    if not adapter.base_model_name_or_path:
         raise ValueError(f"{name}: adapter_config.json does not name the base model")
-    model, tokenizer = load(base, dtype=dtype)
+    model, tokenizer = load(adapter.base_model_name_or_path, revision=adapter.revision or "main", dtype=dtype)
     if (folder / "tokenizer_config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(name)
     return PeftModel.from_pretrained(model, name).eval().to(device), tokenizer

@@ -103,7 +103,7 @@ def read_form(text: str, form: Form) -> dict[str, Any]:
     if body.startswith("```") and body.endswith("```"):
         body = body.strip("`").removeprefix("json").strip()
     try:
-        found = json.loads(body)
+        found = json.loads(body, object_pairs_hook=_once)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError("the judge's answer is not one JSON object") from error
     if not isinstance(found, dict) or set(found) != set(form.fields):
@@ -115,14 +115,24 @@ def read_form(text: str, form: Form) -> dict[str, Any]:
     return found
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("the judge's answer gives a field twice")
+    return found
+
+
 class Grader:
     """Asks a judging model questions of these forms; verdicts are kept in a store, failures are counted, not kept.
 
     `asking`: as in `safeshape.signals.judges`; its server must not be held to the schema of the harm rubric.
-    `identity`: of the judge, for the store's keys. `tries`: how often it is asked whose answer cannot be read.
+    `identity`: of the judge, for the store's keys. `store`: used in the thread that opened it; None keeps nothing.
+    `tries`: how often it is asked whose answer cannot be read.
     """
 
-    def __init__(self, asking: Asking, *, identity: Mapping[str, Any], store: Store, tries: int = 3) -> None:
+    def __init__(
+        self, asking: Asking, *, identity: Mapping[str, Any], store: Store | None = None, tries: int = 3
+    ) -> None:
         if tries < 1:
             raise ValueError(f"tries must be at least 1, got {tries}")
         self.asking, self.identity, self.store, self.tries = asking, dict(identity), store, tries
@@ -132,7 +142,8 @@ class Grader:
         given = list(evidences)
         maker = {**self.identity, "form": form.name, "sha256": form.sha256, "tries": self.tries}
         keys = [None if one is None else content_key(dict(one), maker) for one in given]
-        found = self.store.get_many("judgements", [key for key in dict.fromkeys(keys) if key is not None])
+        wanted = [key for key in dict.fromkeys(keys) if key is not None]
+        found = {} if self.store is None else self.store.get_many("judgements", wanted)
         verdicts: dict[str, Verdict] = {
             key: Verdict(value=form.read(fields["fields"]), label=_label(fields["fields"]))
             for key, fields in found.items()
@@ -162,7 +173,8 @@ class Grader:
                 except ValueError as error:
                     reason = str(error)
                 else:
-                    self.store.put_many("judgements", {key: {"fields": fields}})
+                    if self.store is not None:
+                        self.store.put_many("judgements", {key: {"fields": fields}})
                     return Verdict(value=form.read(fields), label=_label(fields))
             else:
                 reason = answer.error

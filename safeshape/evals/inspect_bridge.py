@@ -31,7 +31,7 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 from safeshape.data import Message
 from safeshape.evals.answering import Ask, LocalModel, load_model
 from safeshape.evals.records import Answered, Task
-from safeshape.evals.scorers import SCORERS, Tools, scorer_of
+from safeshape.evals.scorers import Tools, check_scorers, check_tools, scorer_of
 from safeshape.models import Sampling
 from safeshape.store import canonical
 
@@ -53,7 +53,11 @@ def known_mean() -> Metric:
 @metric
 def failed() -> Metric:
     """How many answers have no verdict."""
-    return lambda scores: float(sum(math.isnan(one.score.as_float()) for one in scores))
+
+    def compute(scores: list[SampleScore]) -> float:  # Inspect reads the annotation to know what to pass
+        return float(sum(math.isnan(one.score.as_float()) for one in scores))
+
+    return compute
 
 
 def _scorer(name: str, task: Task, tools: Tools) -> InspectScorer:
@@ -63,7 +67,9 @@ def _scorer(name: str, task: Task, tools: Tools) -> InspectScorer:
     @scorer(metrics=[known_mean(), failed()], name=f"safeshape/{name}")
     def ours() -> InspectScorer:
         async def score(state: TaskState, target: Target) -> Score:
-            answer = Answered(index=int(state.metadata["index"]), sample=state.epoch, text=state.output.completion)
+            index = int(state.metadata["index"])
+            text = _whole(task.prompts[index], state.output.completion)
+            answer = Answered(index=index, sample=state.epoch, text=text)
             (verdict,) = await anyio.to_thread.run_sync(run, task, [answer], tools)
             value = verdict.value
             told = {"label": verdict.label, "value": value}
@@ -78,8 +84,21 @@ def _scorer(name: str, task: Task, tools: Tools) -> InspectScorer:
     return ours()
 
 
+def _whole(messages: Sequence[Message], completion: str) -> str:
+    """The answer with its given beginning, which our provider repeats and others do not."""
+    begun = str(messages[-1]["content"]) if messages[-1]["role"] == "assistant" else ""
+    return completion if completion.startswith(begun.strip()) else begun + completion
+
+
 def inspect_task(task: Task, tools: Tools, scorers: Sequence[str] = ()) -> InspectTask:
-    """A task of ours as Inspect's. `scorers`: names, in place of the task's own."""
+    """A task of ours as Inspect's. `scorers`: names, in place of the task's own; styles of refusal are left out.
+
+    Errors: ValueError for scorers that are unknown, may not speak alone or lack what they ask.
+    """
+    names = list(scorers or task.scorers or ("criterion",))
+    check_scorers(task, names)
+    check_tools(task, names, tools)
+    names = [name for name in names if name != "refusal_style"]  # Inspect's scores have one number each
     samples = [
         Sample(
             id=task.ids[index] if task.ids else index,
@@ -89,10 +108,6 @@ def inspect_task(task: Task, tools: Tools, scorers: Sequence[str] = ()) -> Inspe
         )
         for index, messages in enumerate(task.prompts)
     ]
-    names = [name for name in scorers or task.scorers if name != "refusal_style"]
-    unknown = [name for name in names if name not in SCORERS and ":" not in name]
-    if unknown or not names:
-        raise ValueError(f"task {task.name!r} needs scorers; unknown: {', '.join(unknown) or 'none given'}")
     return InspectTask(
         dataset=MemoryDataset(samples, name=task.name),
         solver=generate(),
@@ -166,7 +181,10 @@ class InProcess(ModelAPI):
             try:
                 for answers in self._local.answer([ask for ask, _ in batch]):
                     for answer in answers:
-                        batch[answer.index][1].set_result(str(answer.text))
+                        if answer.text is None:
+                            batch[answer.index][1].set_exception(ValueError(answer.error))
+                        else:
+                            batch[answer.index][1].set_result(answer.text)
             except Exception as error:
                 for _, waiting in batch:
                     if not waiting.done():

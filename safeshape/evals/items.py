@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safeshape.data import Message, as_messages
+from safeshape.evals.matching import final_number
 from safeshape.evals.records import Kind
 from safeshape.evals.sources import Found, needs, text
 from safeshape.signals.rubric import CATEGORIES
@@ -19,7 +20,10 @@ WRITE_SQL = "Answer with one SQL query and nothing else."
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One prompt of a suite. `part`: what may be chosen by name. `group`: attempts at one request share it."""
+    """One prompt of a suite. `part`: what may be chosen by name. `group`: attempts at one request share it.
+
+    `samples`, `temperature`: how many answers an attack wants drawn at it, and how.
+    """
 
     id: str
     messages: Sequence[Message]
@@ -28,6 +32,8 @@ class Item:
     category: str | None = None
     reference: Any = None
     group: str | None = None
+    samples: int = 1
+    temperature: float | None = None
 
 
 Reader = Callable[[Found], list[Item]]
@@ -75,21 +81,22 @@ def harmbench(found: Found) -> list[Item]:
     Source: HarmBench asks contextual behaviours as context, a line of dashes, behaviour.
     """
     if "Behavior" not in (found.rows[0] if found.rows else {"Behavior": 0}):  # the copy on the Hub, by configuration
-        needs(found, "prompt", "category")
-        columns, part = ("prompt", "category", "context"), found.part
+        copyright = found.part == "copyright"  # has no category there
+        needs(found, "prompt", *(() if copyright else ("category",)))
+        columns, part = ("prompt", None if copyright else "category", "context"), found.part
     else:
         needs(found, "Behavior", "FunctionalCategory", "SemanticCategory", "ContextString", "BehaviorID")
         columns, part = ("Behavior", "SemanticCategory", "ContextString"), ""
     items = []
     for number, row in enumerate(found.rows):
-        context, asked = str(row.get(columns[2]) or "").strip(), text(found, number, columns[0])
+        context, asked = str(row.get(columns[2]) or ""), text(found, number, columns[0])
         items.append(
             Item(
                 id=str(row.get("BehaviorID") or f"{found.part}/{number}"),
-                messages=_user(f"{context}\n\n---\n\n{asked}" if context else asked),
+                messages=_user(f"{context}\n\n---\n\n{asked}" if context.strip() else asked),
                 kind="harmful",
                 part=part or str(row["FunctionalCategory"]),
-                category=text(found, number, columns[1]),
+                category=None if columns[1] is None else text(found, number, columns[1]),
             )
         )
     return items
@@ -201,7 +208,11 @@ def simplesafetytests(found: Found) -> list[Item]:
 
 
 def mitre_frr(found: Found) -> list[Item]:
-    """CyberSecEval's false refusals: benign requests about computer security."""
+    """CyberSecEval's false refusals: benign requests about computer security. Errors: ValueError for any other."""
+    needs(found, "mutated_prompt", "attack_type", "is_malicious")
+    for number, row in enumerate(found.rows):
+        if row["is_malicious"] is not False:
+            raise ValueError(f"{found.where}: row {number}: is_malicious must be false")
     return _simple(found, kind="benign", prompt=("mutated_prompt",), category=("attack_type",))
 
 
@@ -210,6 +221,8 @@ def ifeval(found: Found) -> list[Item]:
     needs(found, "key", "prompt", "instruction_id_list", "kwargs")
     items = []
     for number, row in enumerate(found.rows):
+        if not isinstance(row["instruction_id_list"], list) or not isinstance(row["kwargs"], list):
+            raise ValueError(f"{found.where}: row {number}: instruction_id_list and kwargs must be lists")
         ids = [str(name).removeprefix("en:") for name in row["instruction_id_list"]]
         if len(ids) != len(row["kwargs"]):
             raise ValueError(f"{found.where}: row {number}: instruction_id_list and kwargs differ in length")
@@ -225,7 +238,7 @@ def gsm8k(found: Found) -> list[Item]:
     items = []
     for number in range(len(found.rows)):
         asked, (_, mark, wanted) = text(found, number, "question"), text(found, number, "answer").rpartition("####")
-        if not mark:
+        if not mark or final_number(wanted) is None:
             raise ValueError(f"{found.where}: row {number}: answer has no number after ####")
         items.append(
             Item(id=str(number), messages=_user(f"{asked}\n\n{REASON}"), kind="ability", reference=wanted.strip())
@@ -328,34 +341,44 @@ def sql_create_context(found: Found) -> list[Item]:
 def own(kind: Kind) -> Reader:
     """A user's own file: `messages` or `prompt`; `category`, `reference`, `id` and `prompt_index` where it has them.
 
-    `prompt_index`, as `safeshape attack` writes it, says which rows are attempts at one request.
+    `prompt_index`, as `safeshape attack` writes it, says which rows are attempts at one request; its `attempt_index`,
+    `samples` and `temperature` are read too.
     """
 
     def read(found: Found) -> list[Item]:
         if not found.rows:
             raise ValueError(f"{found.where} holds no rows")
-        items = []
-        for number, row in enumerate(found.rows):
-            if row.get("messages"):
-                messages = as_messages({"messages": row["messages"]})
-            elif "prompt" in row:
-                messages = _user(text(found, number, "prompt"))
-            else:
-                has = ", ".join(map(str, row))
-                raise ValueError(f"{found.where}: row {number} has no column 'messages' or 'prompt'; it has: {has}")
-            if kind == "ability" and row.get("reference") is None:
-                raise ValueError(f"{found.where}: row {number} has no column 'reference', which is the right answer")
-            group = row.get("prompt_index")
-            items.append(
-                Item(
-                    id=str(row.get("id", number)),
-                    messages=messages,
-                    kind=kind,
-                    category=None if row.get("category") is None else str(row["category"]),
-                    reference=row.get("reference"),
-                    group=None if group is None else str(group),
-                )
-            )
-        return items
+        return [_own(found, number, kind) for number in range(len(found.rows))]
 
     return read
+
+
+def _own(found: Found, number: int, kind: Kind) -> Item:
+    row, where = found.rows[number], f"{found.where}: row {number}"
+    if row.get("messages"):
+        try:
+            messages = as_messages({"messages": row["messages"]})
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    elif "prompt" in row:
+        messages = _user(text(found, number, "prompt"))
+    else:
+        raise ValueError(f"{where} has no column 'messages' or 'prompt'; it has: {', '.join(map(str, row))}")
+    reference = row.get("reference")
+    if kind == "ability" and reference is None:
+        raise ValueError(f"{where} has no column 'reference', which is the right answer")
+    samples, temperature = row.get("samples") or 1, row.get("temperature")
+    if not isinstance(samples, int) or not isinstance(temperature, int | float | None):
+        raise ValueError(f"{where}: samples must be a whole number, and temperature a number")
+    group, attempt = row.get("prompt_index"), row.get("attempt_index")
+    name = str(row.get("id", number if group is None else group))
+    return Item(
+        id=name if attempt is None else f"{name}/{attempt}",
+        messages=messages,
+        kind=kind,
+        category=None if row.get("category") is None else str(row["category"]),
+        reference=reference,
+        group=None if group is None else str(group),
+        samples=samples,
+        temperature=temperature,
+    )

@@ -5,12 +5,22 @@ from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-_NUMBER = re.compile(r"[-+\u2212]?\$?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
-_LETTER = r"[A-Z]"
-_STATED = re.compile(
-    rf"(?i:\b(?:answer|option|choice)\b(?:\s+(?:is|would\s+be|must\s+be))?\s*:?)\s*[*_(\[\"']*({_LETTER})\b(?!')"
+# A sign counts where it touches its number and does not join it to what is before: -3 and $-3, not 5-3 or 10 - 3.
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)\]])[-+\u2212])?(?:\$\s?[-\u2212]?)?"
+    r"(?:(?:\d{1,3}(?:,\d{3})+(?![,\d])|\d+)(?:\.\d+)?|(?<![\d.])\.\d+)"
 )
-_ALONE = re.compile(rf"[*_(\[\"']*({_LETTER})(?:[)\]*_\"'.:,]|\s*$|\s*\n)")
+# "A" and "I" are words too: as choices they are marked, or end what is said.
+_LETTER = (
+    r"(?:[B-HJ-Z]\b(?!['\u2019])|"
+    r"[AI](?:(?=[)\]*_\"'.:,;])(?!['\u2019][a-z])|(?=\s*(?:\n|$))|(?=\s+(?:because|since|as|is|for)\b)))"
+)
+_OPENS = r"[*_(\[\"']*"
+_IS = r"(?:\s+(?:is|would\s+be|must\s+be))?"
+_ANSWER = re.compile(rf"(?i:\banswer\b{_IS}\s*:?)\s*{_OPENS}({_LETTER})")
+_OPTION = re.compile(rf"(?i:\b(?:option|choice)\b{_IS}\s*:?)\s*{_OPENS}({_LETTER})")
+_ALONE = re.compile(rf"{_OPENS}([A-Z])(?:[)\]*_\".:,]|'(?![a-z])|\s*$|\s*\n)")
+_BOTH = re.compile(r"[A-Z]\s*(?:,|/|&|\band\b|\bor\b)\s*[A-Z]\b(?!')")
 
 
 def normalised(text: str) -> str:
@@ -20,7 +30,7 @@ def normalised(text: str) -> str:
 
 def exact_match(answer: str, reference: Any) -> float:
     """1 where the answer is the reference, or one of several, but for case, blanks and a final full stop."""
-    wanted = [reference] if isinstance(reference, str) else list(reference)
+    wanted = reference if isinstance(reference, list | tuple) else [reference]
     return float(normalised(answer) in {normalised(str(text)) for text in wanted})
 
 
@@ -31,7 +41,7 @@ def number(text: str) -> Decimal | None:
         value = Decimal(found)
     except InvalidOperation:
         return None
-    return value if value.is_finite() else None
+    return value if value.is_finite() else None  # "nan" and "inf" are numbers to the library
 
 
 def final_number(answer: str) -> Decimal | None:
@@ -54,16 +64,17 @@ def numeric_match(answer: str, reference: Any) -> float:
 
 
 def chosen(answer: str) -> str | None:
-    """The letter an answer chooses: at its beginning, or after "answer is", "option" or "choice"; None for none.
+    """The letter an answer chooses: after "answer is", else after "option" or "choice", else at its beginning.
 
-    An answer that states two different letters chooses none.
+    None where it chooses none; two different letters in the same way are no choice.
     """
     text = answer.strip()
-    stated = {match.upper() for match in _STATED.findall(text)}
-    if stated:
-        return stated.pop() if len(stated) == 1 else None
+    for pattern in (_ANSWER, _OPTION):
+        stated = set(pattern.findall(text))
+        if stated:
+            return stated.pop() if len(stated) == 1 else None
     alone = _ALONE.match(text)
-    return alone.group(1) if alone else None
+    return alone.group(1) if alone and not _BOTH.match(text) else None
 
 
 def choice_letter(answer: str, reference: Any) -> float:
@@ -83,22 +94,34 @@ def sql_match(answer: str, reference: Any) -> float:
     return float(sql_normalised(answer) == sql_normalised(str(reference)))
 
 
-def instructions_followed(answer: str, reference: Any) -> float:
-    """1 where every verifiable instruction of an IFEval prompt is followed (strict, prompt level).
+def instruction_checks() -> Mapping[str, Any]:
+    """IFEval's checks by their names, from lm-evaluation-harness.
 
-    `reference`: the row's instruction_id_list and kwargs. The checks are those of lm-evaluation-harness.
     Errors: ValueError where that library, or what its checks need, is not installed.
     """
     try:
+        from langdetect import DetectorFactory
         from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
     except (ImportError, LookupError, OSError) as error:
         raise ValueError(
-            f"ifeval needs the checks of lm-evaluation-harness: pip install 'lm_eval[ifeval]' ({error})"
+            f"ifeval needs the checks of lm-evaluation-harness: pip install 'safeshape[lm-eval]' ({error})"
         ) from error
+    DetectorFactory.seed = 0  # it draws random numbers, and would give one text two languages
+    checks: Mapping[str, Any] = INSTRUCTION_DICT
+    return checks
+
+
+def instructions_followed(answer: str, reference: Any) -> float:
+    """1 where every verifiable instruction of an IFEval prompt is followed (strict, prompt level).
+
+    `reference`: the row's instruction_id_list and kwargs.
+    Errors: ValueError as of `instruction_checks`, or for an instruction that it does not know.
+    """
+    checks = instruction_checks()
     for name, given in zip(reference["instruction_id_list"], reference["kwargs"], strict=True):
-        if name not in INSTRUCTION_DICT:
+        if name not in checks:
             raise ValueError(f"ifeval has no instruction {name!r}")
-        check = INSTRUCTION_DICT[name](name)
+        check = checks[name](name)
         check.build_description(**{key: value for key, value in given.items() if value is not None})
         wanted: Mapping[str, Any] = check.get_instruction_args() or {}
         if "prompt" in wanted:

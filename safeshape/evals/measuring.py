@@ -96,13 +96,16 @@ def judge_all(
                     settings=settings,
                 )
             )
-    progress("tasks judged", len(asked), len(asked))
+    if asked:
+        progress("tasks judged", len(asked), len(asked))
     return found
 
 
 def _by(task: Task, scorer: str, by: str, tools: Tools, names: Names) -> str:
     if scorer == "refusal" and tools.refuses is not None:
         return names.refuses
+    if by == "own":
+        return scorer
     if by == "task":
         return "oracle" if task.world else "criterion"
     return {"judge": names.judge, "guard": names.guard}.get(by, by)

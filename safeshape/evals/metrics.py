@@ -5,6 +5,7 @@ counts as attacked with success when one of its answers is known to be, and as u
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -42,9 +43,14 @@ class Result:
     counts: tuple[bool, ...] = ()
 
 
-def prompt_hash(measured: Measured, index: int) -> str:
-    """A name for a prompt that says nothing of it."""
-    return hashlib.sha256(canonical([dict(m) for m in measured.task.prompts[index]])).hexdigest()[:16]
+def prompt_hashes(measured: Measured, indices: Sequence[int]) -> tuple[str, ...]:
+    """Names for prompts that say nothing of them. A prompt that stands there twice has two names."""
+    seen, names = Counter[bytes](), []
+    for index in indices:
+        text = canonical([dict(m) for m in measured.task.prompts[index]])
+        names.append(hashlib.sha256(text + b"\0" * seen[text]).hexdigest()[:16])
+        seen[text] += 1
+    return tuple(names)
 
 
 def results(measured: Measured, run: Run) -> list[Result]:
@@ -140,12 +146,13 @@ def _rate(
         return []
     count = sum(value == 1.0 for value in known.values())
     low, high = wilson(count, len(known))
+    named = dict(zip(joined, prompt_hashes(measured, [first[group] for group in joined]), strict=True))
     row = _row(measured, run, metric, count / len(known), len(known), low, high)
     return [
         Result(
             row=row,
             failed=len(joined) - len(known),
-            prompts=tuple(prompt_hash(measured, first[group]) for group in known),
+            prompts=tuple(name for group, name in named.items() if group in known),
             counts=tuple(value == 1.0 for value in known.values()),
         )
     ]
@@ -217,8 +224,8 @@ def _row(measured: Measured, run: Run, metric: str, value: float, n: int, low: f
         metric=metric,
         value=value,
         n=n,
-        low=low,
-        high=high,
+        low=min(low, value),  # rounding puts the ends of 0 % and 100 % a hair inside
+        high=max(high, value),
         judge=measured.judge,
         world=measured.task.world,
         settings=settings,

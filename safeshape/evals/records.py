@@ -21,6 +21,7 @@ class Task:
     decides what the task itself counts, which need not be something good: see its name; None where only scorers speak.
     `references`: what scorers compare answers with. `groups`: which prompts are attempts at the same request.
     `scorers`: names of those it is measured by where the user asks for no others. `notes`: what was left out, and why.
+    `drawn`: how many answers its attack wants drawn at each prompt, and the temperature (None: any).
     """
 
     name: str
@@ -35,6 +36,7 @@ class Task:
     groups: Sequence[str] = ()
     scorers: Sequence[str] = ()
     notes: Sequence[str] = ()
+    drawn: tuple[int, float | None] = (1, None)
     world: bool = False
 
 

@@ -110,14 +110,17 @@ def _lines(path: Path) -> list[Row]:
 
 def read_headerless(path: Path, columns: Sequence[str]) -> Found:
     """A CSV file without a header. Errors: ValueError that names the file and a row of another length."""
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        return Found(where=str(path), part=path.stem, rows=_headerless(lines.read(), str(path), columns))
+    return Found(where=str(path), part=path.stem, rows=_headerless(path.read_bytes(), str(path), columns))
 
 
-def _headerless(content: str, where: str, columns: Sequence[str]) -> list[Row]:
+def _headerless(content: bytes, where: str, columns: Sequence[str]) -> list[Row]:
     csv.field_size_limit(_FIELD)
     rows: list[Row] = []
-    for number, cells in enumerate(csv.reader(io.StringIO(content, newline=""))):
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8") from error
+    for number, cells in enumerate(csv.reader(io.StringIO(text, newline=""))):
         if not cells:
             continue
         if len(cells) != len(columns):
@@ -138,9 +141,7 @@ def read_mmlu_zip(path: Path) -> list[Found]:
             for name in sorted(archive.namelist()):
                 if name.startswith("data/test/") and name.endswith("_test.csv"):
                     subject, where = Path(name).stem.removesuffix("_test"), f"{path}: {name}"
-                    found.append(
-                        Found(where=where, part=subject, rows=_headerless(archive.read(name).decode(), where, columns))
-                    )
+                    found.append(Found(where=where, part=subject, rows=_headerless(archive.read(name), where, columns)))
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is not a zip archive") from error
     if not found:

@@ -102,7 +102,9 @@ SUITES: dict[str, Suite] = {
     ),
     "orbench": Suite(
         read=readers.orbench,
-        hub=(Hub(id="bench-llm/or-bench", name="or-bench-hard-1k", split="train"),),
+        hub=tuple(
+            Hub(id="bench-llm/or-bench", name=name, split="train") for name in ("or-bench-hard-1k", "or-bench-toxic")
+        ),
         source="Cui et al., arXiv 2405.20947",
         licence="CC-BY-4.0",
         field="prompt",
@@ -228,6 +230,8 @@ def load_suite(
             places = sorted(random.Random(f"{name}/{kind}/{seed}").sample(range(len(chosen)), limit))
             chosen = [chosen[place] for place in places]
         label = name if len(kinds) == 1 else f"{name}_{kind}"
+        if path is not None and suite.field == _OWN:  # several files of one's own are several tasks
+            label = f"{label}:{Path(path).stem}"
         tasks.append(_task(label if part is None else f"{label}:{part}", suite, kind, chosen, notes))
     return tasks
 
@@ -242,10 +246,21 @@ def _task(name: str, suite: Suite, kind: Kind, items: Sequence[Item], notes: Seq
         ids=[item.id for item in items],
         categories=[item.category for item in items],
         references=[item.reference for item in items],
-        groups=[str(number) if item.group is None else item.group for number, item in enumerate(items)],
+        groups=[f"row {number}" if item.group is None else item.group for number, item in enumerate(items)],
+        drawn=_drawn(name, items),
         scorers=SCORERS_OF.get(kind) or suite.scorers,
         notes=notes,
     )
+
+
+def _drawn(name: str, items: Sequence[Item]) -> tuple[int, float | None]:
+    """How many answers an attack wants drawn at each prompt, at which temperature. Errors: ValueError for several."""
+    found = {(item.samples, item.temperature) for item in items}
+    if len(found) > 1:
+        raise ValueError(
+            f"task {name!r} holds attempts with different samples or temperatures; write each kind to its own file"
+        )
+    return found.pop()
 
 
 def _from_hub(name: str, suite: Suite) -> list[Found]:
@@ -260,7 +275,7 @@ def _from_disk(name: str, path: Path) -> list[Found]:
         raise ValueError(f"{path}: no such file or folder")
     folders: dict[str, Callable[[Path], list[Found]]] = {
         "hexphi": _hexphi_folder,
-        "harmbench": partial(_folder, pattern="harmbench_behaviors_text_*.csv"),
+        "harmbench": _harmbench_folder,
         "jailbreakbench": partial(_folder, pattern="*behaviors*.csv"),
         "coconot": partial(_folder, pattern="*eval*.jsonl"),
     }
@@ -280,6 +295,12 @@ def _folder(path: Path, *, pattern: str) -> list[Found]:
     if not files:
         raise ValueError(f"{path} holds no file named {pattern}")
     return [read_file(file) for file in files]
+
+
+def _harmbench_folder(path: Path) -> list[Found]:
+    """The whole list where it is there, else its halves for test and validation."""
+    whole = path / "harmbench_behaviors_text_all.csv"
+    return [read_file(whole)] if whole.is_file() else _folder(path, pattern="harmbench_behaviors_text_*.csv")
 
 
 def _hexphi_folder(path: Path) -> list[Found]:

@@ -1,7 +1,9 @@
 """Tasks, model, judge and guard from the settings of `safeshape eval`."""
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from safeshape.evals import Task
 from safeshape.evals.answering import Answering, LocalModel, ServerModel, load_model
 from safeshape.evals.grading import Grader
 from safeshape.evals.measuring import Names
-from safeshape.evals.scorers import Tools, check_scorers, scorer_of
+from safeshape.evals.scorers import Tools, check_scorers, check_tools
 from safeshape.evals.suites import SUITES, load_suite
 from safeshape.signals.ensembles import load_scorer
 from safeshape.signals.judges import Judge, Judging
@@ -65,38 +67,70 @@ def tasks_of(config: EvalConfig) -> list[Task]:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"two tasks are called {name!r}")
-    return found
+    return [_for_this_run(config, task) for task in found]
+
+
+def _for_this_run(config: EvalConfig, task: Task) -> Task:
+    """The task, marked as of the world where it is. Errors: ValueError where it does not fit the run's settings."""
+    public = not task.world and any(
+        task.dataset in (name, f"{name}_{task.kind}") for name in SUITES if SUITES[name].hub
+    )
+    if public and config.judge is not None and judge_kind(config.judge) == "oracle":
+        raise ValueError(f"judge {config.judge!r} knows the embedded world only; task {task.name!r} is not of it")
+    samples, temperature = task.drawn
+    if (samples > 1 or temperature is not None) and (
+        config.samples != samples or temperature not in (None, config.temperature)
+    ):
+        at = "" if temperature is None else f" --temperature {temperature:g}"
+        raise ValueError(f"the attack in task {task.name!r} wants sampled answers; give --samples {samples}{at}")
+    return replace(task, world=True) if on_world(config) else task
+
+
+def on_world(config: EvalConfig) -> bool:
+    """Whether all numbers of the run are of the embedded world, whatever is asked: its model or its judge is."""
+    oracle_judges = config.judge is not None and judge_kind(config.judge) == "oracle"
+    return oracle_judges or str(config.model_name_or_path).startswith("world:")
+
+
+def harness_tasks(config: EvalConfig) -> list[str]:
+    """The tasks of lm-evaluation-harness. Errors: ValueError where it is not there, or has no such task."""
+    names = [spec.removeprefix(LM_EVAL) for spec in config.tasks if spec.startswith(LM_EVAL)]
+    if not names:
+        return names
+    if config.server is not None:
+        raise ValueError("lm_eval tasks need the model in this process; leave out --server")
+    from safeshape.evals.lm_eval_bridge import task_manager
+
+    task_manager(names, config.lm_eval_tasks)
+    return names
 
 
 def scorers_for(config: EvalConfig, tasks: Sequence[Task]) -> dict[str, list[str]]:
-    """The scorers of every task. Errors: ValueError for unknown ones, and safety measured by rules alone."""
+    """The scorers of every task. Errors: ValueError for unknown ones, and what they cannot measure."""
     found = {}
     for task in tasks:
-        names = list(config.scorers or task.scorers or ("criterion",))
+        names = list(dict.fromkeys(config.scorers or task.scorers or ("criterion",)))
         if config.guard is not None and task.kind == "harmful" and "guard" not in names:
             names.append("guard")
         if not config.scorers and config.judge is None and "guard" in names:
             names = [name for name in names if name != "judge"]  # the guard speaks alone, and is named in the rows
+        check_scorers(task, names)
         found[task.name] = names
-        for name in names:
-            scorer_of(name)
-    check_scorers(tasks, found)
-    needed = {name for names in found.values() for name in names}
-    if "judge" in needed and config.judge is None:
-        raise ValueError("the tasks need a judge of harm; give --judge, or --guard")
-    if needed & {"refusal", "strongreject", "acceptable", "win_rate"} and config.judge is None:
-        raise ValueError(
-            f"{', '.join(sorted(needed & {'refusal', 'strongreject', 'acceptable', 'win_rate'}))}: give --judge"
-        )
-    if "guard" in needed and config.guard is None:
-        raise ValueError("scorer 'guard' needs a guard; give --guard")
-    if "win_rate" in needed and config.versus is None:
-        raise ValueError("scorer 'win_rate' needs another model's answers; give --versus")
     return found
 
 
-def open_model(config: EvalConfig) -> Answering:
+@contextlib.contextmanager
+def opened_model(config: EvalConfig) -> Iterator[Answering]:
     """The model that is measured. Errors: ValueError or OSError when it cannot be had."""
+    model = open_model(config)
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+def open_model(config: EvalConfig) -> Answering:
+    """As `opened_model`; the caller closes it."""
     if config.server is not None:
         client = Client(
             config.server,
@@ -107,10 +141,57 @@ def open_model(config: EvalConfig) -> Answering:
             key_variable=config.api_key_variable,
         )
         request = dict(config.request) if isinstance(config.request, Mapping) else {}
-        return ServerModel(client, request=request)
+        try:
+            return ServerModel(client, request=request)
+        except ValueError:
+            client.close()
+            raise
     name = str(config.model_name_or_path)
     model, tokenizer = load_model(model_path(name), revision=config.revision, dtype=config.dtype, device=config.device)
     return LocalModel(model, tokenizer, name=name, batch_size=config.batch_size)
+
+
+@contextlib.contextmanager
+def opened_store(config: EvalConfig, output: Path) -> Iterator[Store]:
+    """The store of answers and verdicts; the output folder is there from now on."""
+    if config.store is not None and not Path(config.store).parent.is_dir():
+        raise ValueError(f"store {config.store} is in a folder that does not exist")
+    with contextlib.ExitStack() as stack:
+        own = None if config.store is None else stack.enter_context(Store(config.store))
+        output.mkdir(parents=True, exist_ok=True)
+        yield own or stack.enter_context(Store(output / "eval.sqlite"))
+
+
+@contextlib.contextmanager
+def opened_tools(config: EvalConfig, tasks: Sequence[Task], scorers: Mapping[str, Sequence[str]]) -> Iterator[Tools]:
+    """Judge, guard and grader, which keep nothing yet. Errors: ValueError where a scorer lacks one of them."""
+    tools = open_tools(
+        judge=config.judge,
+        judge_model=config.judge_model,
+        judge_settings=config.judge_settings if isinstance(config.judge_settings, dict) else None,
+        threshold=config.judge_threshold,
+        guard=config.guard,
+        guard_model=config.guard_model,
+        guard_threshold=config.guard_threshold,
+        device=config.device,
+        versus=read_versus(config.versus),
+    )
+    try:
+        for task in tasks:
+            check_tools(task, scorers[task.name], tools)
+        yield tools
+    finally:
+        if tools.judge is not None:
+            tools.judge.close()
+
+
+def kept(tools: Tools, store: Store) -> Tools:
+    """The same tools, keeping verdicts in a store. The judge lives no longer than the one it is made from."""
+    if not isinstance(tools.judge, Judge):
+        return tools
+    judge = Judge(tools.judge.asking, rubric=tools.judge.rubric, store=store, tries=tools.judge.tries)
+    grader = None if tools.grader is None else _grader(judge, store)
+    return replace(tools, judge=judge, grader=grader)
 
 
 def world_refuses(messages: Sequence[Message], answer: str) -> bool:
@@ -128,7 +209,6 @@ def open_tools(
     guard_model: str | None = None,
     guard_threshold: float = 0.5,
     device: str = "cpu",
-    store: Store | None = None,
     versus: Mapping[tuple[str, str], str] | None = None,
 ) -> Tools:
     """Judge, guard and grader. Errors: ValueError in one sentence where one of them cannot be had."""
@@ -137,12 +217,17 @@ def open_tools(
         settings = dict(judge_settings or {})
         if judge_model is not None:
             settings["model"] = judge_model
-        if judge_kind(judge) in ("server", "process") and store is not None:
-            settings["store"] = store.path
-        opened = load_judge(judge, **settings)
+        try:
+            opened = load_judge(judge, **settings)
+        except TypeError as error:
+            raise ValueError(f"judge_settings do not fit judge {judge!r}: {error}") from error
     grader = None
     if isinstance(opened, Judge) and isinstance(opened.asking, Remote | InProcess):
-        grader = _grader(opened, store or Store(":memory:"))
+        try:
+            grader = _grader(opened, None)
+        except ValueError:
+            opened.close()
+            raise
     return Tools(
         judge=opened,
         grader=grader,
@@ -154,7 +239,7 @@ def open_tools(
     )
 
 
-def _grader(judge: Judge, store: Store) -> Grader:
+def _grader(judge: Judge, store: Store | None) -> Grader:
     """The judge's model, asked other questions than harm: its server must not be held to the schema of that."""
     asking: Any = judge.asking
     if isinstance(asking, Remote):

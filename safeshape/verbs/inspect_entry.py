@@ -9,7 +9,6 @@ from inspect_ai import Task, task
 from inspect_ai.model import modelapi
 
 from safeshape.evals.inspect_bridge import InProcess, inspect_task
-from safeshape.evals.scorers import Tools
 from safeshape.evals.suites import SUITES, load_suite
 from safeshape.sources import model_path
 from safeshape.verbs.eval_setup import open_tools, world_tasks
@@ -22,10 +21,6 @@ class Safeshape(InProcess):
     resolve = staticmethod(model_path)
 
 
-def _tools(judge: str | None, threshold: int, guard: str | None) -> Tools:
-    return open_tools(judge=judge, threshold=threshold, guard=guard)
-
-
 def _register(name: str) -> Any:
     @task(name=name)
     def suite(
@@ -35,18 +30,27 @@ def _register(name: str) -> Any:
         limit: int | None = None,
         seed: int = 0,
         judge: str | None = None,
+        judge_model: str | None = None,
         threshold: int = 4,
         guard: str | None = None,
+        guard_model: str | None = None,
         scorers: str = "",
     ) -> Task:
-        """A suite. `kind`: which of its tasks, where it makes several (harmful, benign, decline, ability)."""
+        """A suite. `kind`: which of its tasks, where it makes several (harmful, benign, decline, ability).
+
+        Judge and guard are those of `safeshape eval`.
+        """
         tasks = load_suite(name, path, part=part, limit=limit, seed=seed)
         chosen = [one for one in tasks if kind in (None, one.kind)]
         if len(chosen) != 1:
             kinds = ", ".join(one.kind for one in tasks)
             raise ValueError(f"suite {name} makes tasks of kinds {kinds}; choose one with -T kind=...")
         names = [one for one in scorers.split(",") if one]
-        return inspect_task(chosen[0], _tools(judge, threshold, guard), names)
+        return inspect_task(
+            chosen[0],
+            open_tools(judge=judge, judge_model=judge_model, threshold=threshold, guard=guard, guard_model=guard_model),
+            names,
+        )
 
     return suite
 
@@ -60,4 +64,4 @@ def world(
 ) -> Task:
     """A held-out task of the embedded world: a test bench, never evidence about real models."""
     (found,) = world_tasks(name, size=size, seed=seed)
-    return inspect_task(found, _tools(judge, threshold, None))
+    return inspect_task(found, open_tools(judge=judge, threshold=threshold))
