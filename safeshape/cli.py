@@ -12,18 +12,18 @@ from pathlib import Path
 # verb -> (what it does, module whose `main(argv)` returns what to print); only the verb that runs is imported.
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("watch an aligned model lose its safety and keep it, offline, in minutes", "safeshape.verbs.demo"),
-    "train": ("fine-tune your model on your data with a safety policy", "safeshape.verbs.train"),
     "score": ("score every partial answer of a dataset with a guard", "safeshape.verbs.score"),
-    "report": ("turn results into tables, figures, a page and a safety card", "safeshape.verbs.report"),
-    "attack": ("poison fine-tuning data or attack prompts, to test a defence", "safeshape.verbs.attack"),
     "judge": ("rate the harm of every answer from 1 to 5 with a judge", "safeshape.verbs.judge"),
     "probe": ("fit, measure and use a probe on a model's hidden states", "safeshape.verbs.probe"),
-    "eval": ("measure a model's safety and abilities", "safeshape.verbs.eval"),
-    "bench": ("run a matrix of attack, defence, model and seed, and collect its rows", "safeshape.verbs.bench"),
+    "train": ("fine-tune your model on your data with a safety policy", "safeshape.verbs.train"),
+    "attack": ("poison fine-tuning data or attack prompts, to test a defence", "safeshape.verbs.attack"),
     "defences": (
         "list the defences with their cost, needs and sources, or measure the cost",
         "safeshape.verbs.defences",
     ),
+    "eval": ("measure a model's safety and abilities", "safeshape.verbs.eval"),
+    "bench": ("run a matrix of attack, defence, model and seed, and collect its rows", "safeshape.verbs.bench"),
+    "report": ("turn results into tables, figures, a page and a safety card", "safeshape.verbs.report"),
     "world": ("list or rebuild the embedded world's models", "safeshape.verbs.world"),
 }
 

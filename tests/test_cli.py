@@ -74,7 +74,7 @@ def test_verbs_and_version(capsys):
     assert main(["--version"]) == 0
     assert main([]) == 2
     assert main(["trian"]) == 2
-    assert "unknown verb 'trian'; known: demo, train" in capsys.readouterr().err
+    assert "unknown verb 'trian'; known: demo, score" in capsys.readouterr().err
 
 
 def test_a_users_own_files_train(command, tmp_path, capsys):
@@ -109,7 +109,10 @@ def test_flags_win_over_the_recipe(tmp_path):
     assert config.policy == {"name": "fixed_kl", "beta": 0.1}
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+RECIPES = sorted([*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "recipes" / "world").glob("*.yaml")])
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_recipes_parse(recipe):
     config, args, _ = parse_settings(["--config", str(recipe), "--dataset_name", "d", "--output_dir", "o"])
     assert args.num_train_epochs > 0

@@ -225,14 +225,14 @@ def test_a_guard_leaves_its_scores_in_the_store(command, tmp_path):
     assert record(tmp_path / "again")["critic"]["reused"] == 4
 
 
-@pytest.mark.parametrize("recipe", ["world-adaptive-probe", "world-adaptive-judge"])
+@pytest.mark.parametrize("recipe", ["adaptive-probe", "adaptive-judge"])
 def test_the_worlds_recipes_run(tmp_path, recipe, monkeypatch):
     monkeypatch.chdir(ROOT)
     flags = ["--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--use_cpu", "true", "--disable_tqdm", "true"]
-    assert main(["train", "--config", f"recipes/{recipe}.yaml", *flags]) == 0
+    assert main(["train", "--config", f"recipes/world/{recipe}.yaml", *flags]) == 0
     found = record(tmp_path / "out")
     assert found["policy"]["name"] == "adaptive"
-    if recipe == "world-adaptive-judge":
+    if recipe == "adaptive-judge":
         assert found["on_policy"]["judge"]["false_negative_rate"] == 0.1
         assert found["state"]["on_policy"]["judged"] == 4
     else:

@@ -122,7 +122,7 @@ def test_a_policy_named_as_a_defence_is_that_policy(tmp_path, files):
 
 def test_the_world_gives_what_a_defence_needs(tmp_path, files):
     changes = {"base_model": "world:llama-base", "model_name_or_path": "world:llama", "max_steps": 1}
-    rows_of_the_world = str(ROOT / "recipes" / "world-data.jsonl")
+    rows_of_the_world = str(ROOT / "recipes" / "world" / "data.jsonl")
     spec = {"name": "safe_merge", "threshold": 1.0}
     assert main(flags(files, spec, dataset_name=rows_of_the_world, safe_data="world", **changes)) == 0
     assert json.loads((tmp_path / "out" / "safeshape.json").read_text())["defence"]["threshold"] == 1.0

@@ -14,8 +14,8 @@ from safeshape.report import WORLD_NOTE
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
 INTRODUCTION = """\
-This page is written by `safeshape bench` from the rows of `recipes/reproduction.yaml`, never by hand; the notes marked
-"Why" are ours, from `recipes/reproduction-notes.yaml`. What is compared is which of two conditions is safer, not how
+This page is written by `safeshape bench` from the rows of `recipes/bench/reproduction.yaml`, never by hand; the notes marked
+"Why" are ours, from `recipes/bench/reproduction-notes.yaml`. What is compared is which of two conditions is safer, not how
 much: the papers fine-tune models of one to eight billion parameters, the world's have 0.9 million.
 
 Numbers of the papers are as printed. The world's are attack success in percent of held-out harmful requests, judged by

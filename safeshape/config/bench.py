@@ -29,7 +29,8 @@ class BenchConfig:
     engine: Literal["local", "ray"] = option("local", help="run cells here, or as tasks of a Ray cluster")
     timeout: float = option(3600.0, help="local: seconds after which a cell counts as failed")
     papers: bool = option(
-        False, help="write reproduction.md too: the two papers' numbers beside these; for recipes/reproduction.yaml"
+        False,
+        help="write reproduction.md too: the two papers' numbers beside these; for recipes/bench/reproduction.yaml",
     )
     notes: str | None = option(None, help="papers: a YAML file with our reading of each experiment's result")
 

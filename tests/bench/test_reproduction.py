@@ -154,7 +154,7 @@ def test_mappings_among_the_settings_can_be_compared():
 
 
 def test_the_shipped_matrix_has_what_the_papers_tables_name():
-    recipe = yaml.safe_load((ROOT / "recipes" / "reproduction.yaml").read_text())
+    recipe = yaml.safe_load((ROOT / "recipes" / "bench" / "reproduction.yaml").read_text())
     for scale, seeds in (("default", 3), ("full", 10)):
         found = read_matrix(recipe["experiments"], recipe["settings"], recipe["scales"], scale)
         check_matrix(found, papers())

@@ -18,7 +18,7 @@ def test_the_page_runs_as_it_stands(tmp_path, monkeypatch):
     assert len([line for line in definition.splitlines() if line.strip()]) < 40
     (tmp_path / "my_defence.py").write_text(definition)
     (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "world-data.jsonl").symlink_to(ROOT / "recipes" / "world-data.jsonl")
+    (tmp_path / "recipes" / "world").symlink_to(ROOT / "recipes" / "world")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     space = {}
