@@ -12,11 +12,12 @@ from safeshape.refusals import refuse_unsupported
 from safeshape.sources import check_first_row, model_path, read_dataset, refuse_used
 from safeshape.train.critic import Critic, open_critic, results, write_probe
 from safeshape.train.settings import Settings, parse_settings
+from safeshape.train.watching import Attach, open_watch
 from safeshape.trainer import SafeTrainer
 
 
-def make_trainer(model_name: str, critic: Critic, settings: Settings) -> SafeTrainer:
-    """The trainer that the settings describe."""
+def make_trainer(model_name: str, critic: Critic, settings: Settings, watch: Sequence[Attach] = ()) -> SafeTrainer:
+    """The trainer that the settings describe. `watch`: what looks on."""
     config, args, model_args = settings
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -39,6 +40,7 @@ def make_trainer(model_name: str, critic: Critic, settings: Settings) -> SafeTra
         cache_dtype=config.cache_dtype,
         quantization_config=get_quantization_config(model_args),
         peft_config=peft_config,
+        watch=watch,
     )
     trainer.notes = critic.counted
     return trainer
@@ -67,8 +69,8 @@ def train(argv: Sequence[str], progress: Any) -> str:
     if config.judge and not resolved.needs_signal:
         raise ValueError(f"policy {resolved.name!r} does not use a risk; leave out --judge")
     settings = (config, args, model_args)
-    with open_critic(dataset, settings, name, progress) as critic:
-        trainer = make_trainer(name, critic, settings)
+    with open_watch(config, args.seed) as watch, open_critic(dataset, settings, name, progress) as critic:
+        trainer = make_trainer(name, critic, settings, watch)
         write_probe(critic, args.output_dir)
         resume: str | bool | None = args.resume_from_checkpoint
         outcome = trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
