@@ -23,7 +23,7 @@ from safeshape.evals import Outcome, run_task
 from safeshape.models import Sampling, generate
 from safeshape.report.rows import PromptOutcomes
 from safeshape.stats import bootstrap, wilson
-from safeshape.store import Store
+from safeshape.store import Store, canonical
 from safeshape.types import Row
 from safeshape.world import data as world_data
 from safeshape.world import oracle
@@ -168,7 +168,7 @@ def _row(cell: Cell, metric: str, value: float, n: int, low: float, high: float,
         high=high,
         judge="oracle",
         world=True,
-        settings=_axes(cell),
+        settings=axes(cell),
         category=category,
     )
 
@@ -183,7 +183,7 @@ def _outcomes(outcome: Outcome, cell: Cell) -> PromptOutcomes:
         judge="oracle",
         prompts=tuple(f"{outcome.task}/{place}" for place in range(len(outcome.successes))),
         counts=outcome.successes,
-        settings=_axes(cell),
+        settings=axes(cell),
     )
 
 
@@ -192,9 +192,15 @@ def _shown(spec: Mapping[str, Any]) -> str:
     return " ".join([str(spec["name"]), *(f"{key}={value}" for key, value in spec.items() if key != "name")])
 
 
-def _axes(cell: Cell) -> dict[str, float | str]:
-    """What figures put on their axes: the cell's own settings, the harmful share and the weight of the KL."""
-    plain = {key: value for key, value in cell.settings.items() if isinstance(value, int | float | str)}
+def axes(cell: Cell) -> dict[str, float | str]:
+    """What figures put on their axes: the cell's own settings, the harmful share and the weight of the KL.
+
+    Settings that are no number or text stand there as text, so that cells which differ in one only stay apart.
+    """
+    plain = {
+        key: value if isinstance(value, int | float | str) and not isinstance(value, bool) else canonical(value).decode()
+        for key, value in cell.settings.items()
+    }
     if "ratio" in cell.attack:
         plain["harmful_share"] = float(cell.attack["ratio"])
     if "kl" in cell.defence:
