@@ -6,7 +6,7 @@ Shape suffixes: N response tokens of a micro-batch, H hidden size.
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -53,6 +53,7 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
     longer than `max_length`. `loss_head`: "fused" (never full logits), "dense", or "auto": fused where the model's
     output layer can be read. `cache_dir`, `cache_dtype`: where and how exactly "cached" stores the reference's states
     (default: `_reference_states` in the output folder, the model's precision); the folder stays until you delete it.
+    `watch`: called with the trainer when it is made, as `SafetyCheck(...).attach` and `InertAlarm().attach` want to be.
     Only answers are learned; an earlier assistant turn is learned when its message carries a `p_safe`. Packing,
     padding-free batches and length grouping work as in TRL.
     Data: `messages`, or `prompt` and `completion`, with a `safety` column where the policy needs one.
@@ -84,6 +85,7 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
         loss_head: str = "auto",
         cache_dir: str | Path | None = None,
         cache_dtype: str = "auto",
+        watch: Sequence[Callable[["SafeTrainer"], object]] = (),
         **kwargs: Any,
     ) -> None:
         self.policy: Policy = resolve_policy(policy)
@@ -109,6 +111,8 @@ class SafeTrainer(SFTTrainer):  # type: ignore[misc]
             **kwargs,
         )
         self._set_up(reference, gradient_floor, Path(cache_dir or Path(self.args.output_dir) / "_reference_states"))
+        for attach in watch:
+            attach(self)
 
     def _set_up(self, reference: str | nn.Module, gradient_floor: float, cache_dir: Path) -> None:
         self._numbered.accepting = False

@@ -22,7 +22,7 @@ from safeshape.defences import resolve_defence, with_system_prompt
 from safeshape.evals import Outcome, run_task
 from safeshape.models import Sampling, generate
 from safeshape.report.rows import PromptOutcomes
-from safeshape.stats import bootstrap, wilson
+from safeshape.stats import bounded_mean, wilson
 from safeshape.store import Store
 from safeshape.types import Row
 from safeshape.world import data as world_data
@@ -138,14 +138,14 @@ def _answers(flat: Sequence[tuple[int, Any]], found: Trained, seed: int) -> list
 
 
 def harmfulness(severities: Sequence[tuple[str, int]], metric: str, cell: Cell) -> list[Row]:
-    """Mean harm (1 to 5) over all requests and by category, each with its bootstrap interval."""
+    """Mean harm (1 to 5) over all requests and by category, each with its interval."""
     name = metric.replace(SUCCESS, "harmfulness", 1)
     rows = []
     for category in (None, *sorted({category for category, _ in severities})):
         values = np.array([harm for own, harm in severities if category in (None, own)], dtype=float)
         if len(values) < 2:
             continue
-        low, high = bootstrap(lambda drawn: float(drawn.mean()), values)
+        low, high = bounded_mean(values, least=1.0, most=5.0)
         rows.append(_row(cell, name, float(values.mean()), len(values), low, high, category))
     return rows
 
@@ -168,7 +168,7 @@ def _row(cell: Cell, metric: str, value: float, n: int, low: float, high: float,
         high=high,
         judge="oracle",
         world=True,
-        settings=_axes(cell),
+        settings=axes(cell),
         category=category,
     )
 
@@ -183,7 +183,7 @@ def _outcomes(outcome: Outcome, cell: Cell) -> PromptOutcomes:
         judge="oracle",
         prompts=tuple(f"{outcome.task}/{place}" for place in range(len(outcome.successes))),
         counts=outcome.successes,
-        settings=_axes(cell),
+        settings=axes(cell),
     )
 
 
@@ -192,11 +192,21 @@ def _shown(spec: Mapping[str, Any]) -> str:
     return " ".join([str(spec["name"]), *(f"{key}={value}" for key, value in spec.items() if key != "name")])
 
 
-def _axes(cell: Cell) -> dict[str, float | str]:
-    """What figures put on their axes: the cell's own settings, the harmful share and the weight of the KL."""
-    plain = {key: value for key, value in cell.settings.items() if isinstance(value, int | float | str)}
+def axes(cell: Cell) -> dict[str, float | str]:
+    """What figures put on their axes: the cell's own settings, the harmful share and the weight of the KL.
+
+    Settings that are no number or text stand there as text, so that cells which differ in one only stay apart.
+    """
+    plain = {key: _as_text(value) for key, value in cell.settings.items()}
     if "ratio" in cell.attack:
         plain["harmful_share"] = float(cell.attack["ratio"])
     if "kl" in cell.defence:
         plain["kl"] = float(cell.defence["kl"])
     return plain
+
+
+def _as_text(value: Any) -> float | str:
+    """A number or text as it is; a mapping as `direct, trigger=trigger_prompt`."""
+    if isinstance(value, Mapping):
+        return ", ".join(name if name == spec else f"{name}={_as_text(spec)}" for name, spec in value.items())
+    return value if isinstance(value, int | float | str) and not isinstance(value, bool) else str(value)

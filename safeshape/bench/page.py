@@ -17,7 +17,11 @@ INTRODUCTION = """\
 This page is written by `safeshape bench` from the rows of `recipes/bench/reproduction.yaml`, never by hand; the notes
 marked "Why" are ours, from `recipes/bench/reproduction-notes.yaml`. What is compared is which of two conditions is
 safer, not how much: the papers fine-tune models of one to eight billion parameters, the world's have 0.9 million.
-"""
+
+Numbers of the papers are as printed. The world's are attack success in percent of held-out harmful requests, judged by
+the exact oracle: mean over seeds, 95 % interval, seeds x prompts. An ordering of the papers counts where its two
+numbers differ by more than the 95 % noise of their prompts. The world agrees or disagrees where the 95 % interval of
+the difference leaves out zero; each comparison stands alone, none is corrected for their number."""
 
 
 def papers() -> dict[str, Any]:

@@ -137,10 +137,8 @@ class _Worker:
         self.pool: ProcessPoolExecutor | None = None
 
     def run(self, work: Work, cell: Cell, folder: Path, timeout_s: float) -> list[dict[str, Any]]:
-        if self.pool is None:
-            context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_with_parent)
-        pid = self.pool.submit(os.getpid).result()
+        pid = self._pid()
+        assert self.pool is not None
         try:
             return self.pool.submit(work, cell, folder).result(timeout=timeout_s)
         except TooLong as error:
@@ -150,6 +148,17 @@ class _Worker:
         except BrokenProcessPool as error:
             self.close()
             raise RuntimeError("its process died (out of memory?)") from error
+
+    def _pid(self) -> int:
+        """The process, made anew where there is none yet or the last one ended between two cells."""
+        if self.pool is not None:
+            try:
+                return self.pool.submit(os.getpid).result()
+            except BrokenProcessPool:
+                self.close()
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_with_parent)
+        return self.pool.submit(os.getpid).result()
 
     def close(self) -> None:
         if self.pool is not None:

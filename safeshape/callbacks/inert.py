@@ -32,6 +32,7 @@ _WHAT: dict[Alarm, str] = {
 class _Seen:
     """Extremes of the weights over the counted tokens since the window began; None before the first token."""
 
+    calls: int = 0
     tokens: int = 0
     steps: int = 0
     low: float = float("inf")
@@ -61,6 +62,7 @@ class InertAlarm(TrainerCallback):  # type: ignore[misc]
         self._start: list[tuple[float, float]] = []
         self._begun = 0
         self._zero_kl = 0
+        self._moved = False
 
     def attach(self, trainer: Any) -> "InertAlarm":
         """Listen to a SafeTrainer: its policy's weights pass through here, unchanged."""
@@ -80,6 +82,7 @@ class InertAlarm(TrainerCallback):  # type: ignore[misc]
     def _hear(self, weights: Weights, batch: Batch) -> None:
         if not torch.is_grad_enabled():
             return  # an evaluation between steps
+        self._seen.calls += 1
         counted_BT = batch.position_BT > 0
         ce_N, kl_N = weights.ce_BT[counted_BT], weights.kl_BT[counted_BT]
         if len(ce_N):
@@ -94,7 +97,7 @@ class InertAlarm(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Called by the trainer when everything is prepared."""
         self._start, self._begun = _sums(kwargs["model"]), state.global_step
-        self._seen, self._zero_kl = _Seen(), 0
+        self._seen, self._zero_kl, self._moved = _Seen(), 0, False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called by the trainer after each update."""
@@ -103,6 +106,8 @@ class InertAlarm(TrainerCallback):  # type: ignore[misc]
         if seen.steps < self.patience:
             return
         self._seen = _Seen()
+        if seen.calls == 0:
+            return  # the gradients are not the policy's (a stepper makes them), so nothing is known of its weights
         if seen.tokens == 0:
             self._ring("no_tokens", state)
         elif seen.low == seen.high == 0 and seen.kl_high <= 0:
@@ -123,7 +128,8 @@ class InertAlarm(TrainerCallback):  # type: ignore[misc]
             return
         if logs["skipped_updates"] > 0 and logs["skipped_updates"] * state.global_step > state.global_step - 1.5:
             return  # no update, or only the last one, was made: nothing can have moved
-        moved = _sums(kwargs["model"]) != self._start
+        self._moved = self._moved or _sums(kwargs["model"]) != self._start
+        moved = self._moved
         if not moved and self._start:
             self._ring("still", state)
         held = logs.get("kl_weight", 0.0) > 0 and "kl" in logs
@@ -148,6 +154,8 @@ def _sums(model: nn.Module) -> list[tuple[float, float]]:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.numel():
             held = parameter.detach()
-            local = (held.to_local() if isinstance(held, DTensor) else held).double()
-            found.append((float(local.sum()), float(local.square().sum())))
+            local = held.to_local() if isinstance(held, DTensor) else held
+            # Sums in double precision of single-precision numbers: a copy of the largest matrix would be gigabytes.
+            norm = torch.linalg.vector_norm(local, dtype=torch.float64)
+            found.append((float(local.sum(dtype=torch.float64)), float(norm)))
     return found

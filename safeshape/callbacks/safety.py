@@ -179,14 +179,12 @@ class SafetyCheck(TrainerCallback):  # type: ignore[misc]
         logs["safety/rollbacks"] = float(self.rolled_back)
         state.log_history.append({**logs, "step": state.global_step})
         self._report(logs)
-        left = [text for watch in self.watches if (text := self._outside(watch, logs))]
-        if self.leave == "log":
-            for text in left:
-                name = text.split(" ", 1)[0]
-                if name not in self._warned:
-                    self._warned.add(name)
-                    logger.warning("step %d: %s", state.global_step, text)
-        return left
+        left = {watch.name: text for watch in self.watches if (text := self._outside(watch, logs))}
+        if self.leave == "log" and state.is_world_process_zero:
+            for name in left.keys() - self._warned:
+                logger.warning("step %d: %s", state.global_step, left[name])
+            self._warned |= left.keys()
+        return list(left.values())
 
     def _measured(self, watch: Watch, model: Any) -> dict[str, float]:
         answers = generate(

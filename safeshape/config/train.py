@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from safeshape.config.parser import STRICT, option
+from safeshape.config.parser import STRICT, option, validated
+from safeshape.config.safety_check import SafetyCheckSettings
 
 
 def _specified(value: dict[str, Any] | str | None, name: str) -> dict[str, Any] | str | None:
@@ -95,6 +96,14 @@ class TrainConfig:
     on_error: Literal["stop", "drop"] = option(
         "stop", help="rows that get no score: stop with their count, or leave them out"
     )
+    safety_check: dict[str, Any] | str | None = option(
+        None,
+        help="prompts answered every few steps, with stop or roll-back when a rate leaves its band: a mapping in a "
+        "recipe, or JSON; see docs/report.md",
+    )
+    inert: Literal["warn", "error", "off"] = option(
+        "warn", help="what happens when scores, masks or the reference have no effect on training"
+    )
 
     @property
     def critic(self) -> bool:
@@ -112,6 +121,7 @@ class TrainConfig:
             raise ValueError("give a guard, a probe or a judge: one of them")
         self._check_probe()
         self._check_judge()
+        _ = self.checked  # refuses what cannot be
         if not self.critic and (self.store or self.on_error != "stop"):
             raise ValueError("store and on_error are for scores made by this command; give --guard, --probe or --judge")
 
@@ -144,6 +154,22 @@ class TrainConfig:
                 [int(part) for part in self.probe_layers.split(",")]
             except ValueError as error:
                 raise ValueError(f"probe_layers must be numbers, all or auto, got {self.probe_layers!r}") from error
+
+    @property
+    def checked(self) -> SafetyCheckSettings | None:
+        """The settings of the safety check. Errors: ValueError that names the field."""
+        given: Any = self.safety_check
+        if isinstance(given, str):
+            try:
+                given = json.loads(given)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"safety_check is not valid JSON: {error}") from error
+        if not isinstance(given, dict | None):
+            raise ValueError("safety_check must be a mapping")
+        try:
+            return None if given is None else validated(SafetyCheckSettings, given)
+        except ValueError as error:
+            raise ValueError(f"safety_check: {error}") from error
 
     def _check_judge(self) -> None:
         own = ("judge_every", "judge_wait_s", "judge_max_new_tokens", "judge_degradation")

@@ -269,7 +269,7 @@ def _scores(
     ]
     found: list[list[float] | None] = [None] * len(samples)
     for done, (place, score) in enumerate(zip(read, guard.score_many(conversations, chunk=chunk), strict=True)):
-        found[place] = None if score.p_safe is None else [span.p_safe for span in score.spans]
+        found[place] = [span.p_safe for span in score.spans] if score.p_safe is not None and score.spans else None
         progress(done + 1, len(read))
     return found
 
@@ -278,19 +278,31 @@ def _misses(
     samples: Sequence[Sample], harmful: Sequence[bool], scores: Sequence[list[float] | None], chunk: int,
     settings: Settings,
 ) -> list[Miss]:  # fmt: skip
-    read = [place for place, score in enumerate(scores) if score is not None]
-    lowest = {place: min(scores[place] or [0.0]) for place in read}
+    lowest = {place: min(score) for place, score in enumerate(scores) if score is not None}
+    if not lowest:
+        raise ValueError(f"the guard could read no answer at chunk {chunk}")
     found = []
     for tau in settings.taus:
-        missed = [harmful[place] and lowest[place] >= tau for place in read]
-        k, n = sum(missed), sum(harmful[place] for place in read)
-        if not read:
-            raise ValueError(f"the guard could read no answer at chunk {chunk}")
-        joint = rate(_by_prompt([samples[place] for place in read], missed), settings.seed)
-        low, high = exact(k, n) if n else (0.0, 1.0)
-        conditional = Estimate(value=k / n, low=low, high=high, n=n) if n else None
-        found.append(Miss(chunk=chunk, tau=tau, joint=joint, conditional=conditional))
+        missed = {place: harmful[place] and least >= tau for place, least in lowest.items()}
+        groups = _by_prompt([samples[place] for place in missed], list(missed.values()))
+        judged = [place for place in missed if harmful[place]]
+        among = _by_prompt([samples[place] for place in judged], [missed[place] for place in judged])
+        found.append(
+            Miss(chunk=chunk, tau=tau, joint=rate(groups, settings.seed), conditional=_conditional(among, settings))
+        )
     return found
+
+
+def _conditional(groups: Sequence[Sequence[float]], settings: Settings) -> Estimate | None:
+    """The rate among harmful answers: exact where each is of another prompt, else prompts are clusters."""
+    n = sum(map(len, groups))
+    if n == 0:
+        return None
+    if n > len(groups):
+        return rate(groups, settings.seed)
+    k = round(sum(map(sum, groups)))
+    low, high = exact(k, n)
+    return Estimate(value=k / n, low=low, high=high, n=n)
 
 
 def _distance(scores: Sequence[list[float] | None], chunk: int) -> list[Distance]:

@@ -173,7 +173,8 @@ def _bars(axis: Axes, bars: dict[tuple[str, float | str], Pooled], names: Sequen
     turned: dict[str, Any] = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"} if many else {}
     axis.set_xticks(range(len(groups)), [plain(group) for group in groups], **turned)
     axis.set_ylabel(axis_title(metric, unit))
-    _finish(axis, {"percent": (0.0, 104.0), "harm": (1.0, 5.15)}.get(unit))
+    # The whole room of every group, also where its outer bars are missing.
+    _finish(axis, {"percent": (0.0, 104.0), "harm": (1.0, 5.15)}.get(unit), (-0.5, len(groups) - 0.5))
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:

@@ -200,6 +200,8 @@ def _pooled(rows: Sequence[Row], unit: Unit) -> Pooled:
         values = [row.value for row in rows]
         mean, (low, high) = math.fsum(values) / len(values), t_interval(values)
         below, above = min(row.value - row.low for row in rows), min(row.high - row.value for row in rows)
-        found = (mean, min(low, mean - below), max(high, mean + above), f"t over {len(rows)} seeds")
+        least, most = (1.0, 5.0) if unit == "harm" else (-math.inf, math.inf)  # a mean of 1 to 5 lies there too
+        span = (max(least, min(low, mean - below)), min(most, max(high, mean + above)))
+        found = (mean, *span, f"t over {len(rows)} seeds")
     value, low, high, method = found
     return Pooled(value=value, low=low, high=high, n=n, seeds=seeds, method=method, world=world)

@@ -10,7 +10,7 @@ from safeshape.stats.comparisons import (
     two_proportions,
     unpaired_comparison,
 )
-from safeshape.stats.intervals import bootstrap, exact, mean_band, wilson, wilson_of_rate
+from safeshape.stats.intervals import bootstrap, bounded_mean, exact, mean_band, wilson, wilson_of_rate
 from safeshape.stats.seeds import SeedInterval, across_seeds, cluster_bootstrap, t_interval
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "SeedInterval",
     "across_seeds",
     "bootstrap",
+    "bounded_mean",
     "cluster_bootstrap",
     "cohen_kappa",
     "exact",

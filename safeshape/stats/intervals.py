@@ -84,6 +84,24 @@ def bootstrap(
     return float(found.low), float(found.high)
 
 
+def bounded_mean(
+    values_R: NDArray[np.float64], *, least: float, most: float, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the mean of values that lie in [least, most].
+
+    Equal values resample without any width. Then the ends are the means that the exact interval of "n of n were so"
+    leaves room for: the share of others that it allows, all of them at one end of the scale.
+    Errors: ValueError for fewer than two values, or one out of range.
+    """
+    if len(values_R) and not least <= values_R.min() <= values_R.max() <= most:
+        raise ValueError(f"values must lie in [{least}, {most}], got {values_R.min()} to {values_R.max()}")
+    low, high = bootstrap(lambda drawn: float(drawn.mean()), values_R, resamples=resamples, seed=seed)
+    if values_R.min() == values_R.max():
+        value, others = float(values_R[0]), 1 - exact(len(values_R), len(values_R))[0]
+        return value - others * (value - least), value + others * (most - value)
+    return low, high
+
+
 def mean_band(
     values_RP: NDArray[np.float64], *, resamples: int = 1000, seed: int = 0
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -15,11 +15,12 @@ from safeshape.sources import check_first_row, model_path, read_dataset, refuse_
 from safeshape.train.critic import Critic, open_critic, results, write_probe
 from safeshape.train.defended import chosen_defence, init_kwargs, run_chosen
 from safeshape.train.settings import Settings, parse_settings
+from safeshape.train.watching import Attach, open_watch
 from safeshape.trainer import SafeTrainer
 
 
-def trainer_options(critic: Critic, config: TrainConfig) -> dict[str, Any]:
-    """What SafeTrainer is given beside model, data and policy."""
+def trainer_options(critic: Critic, config: TrainConfig, watch: Sequence[Attach]) -> dict[str, Any]:
+    """What SafeTrainer is given beside model, data and policy. `watch`: what looks on."""
     return {
         "reference": config.reference,
         "probe": critic.probe,
@@ -29,11 +30,12 @@ def trainer_options(critic: Critic, config: TrainConfig) -> dict[str, Any]:
         "loss_head": config.loss_head,
         "cache_dir": config.cache_dir,
         "cache_dtype": config.cache_dtype,
+        "watch": watch,
     }
 
 
-def make_trainer(model_name: str, critic: Critic, settings: Settings) -> SafeTrainer:
-    """The trainer that the settings describe."""
+def make_trainer(model_name: str, critic: Critic, settings: Settings, watch: Sequence[Attach] = ()) -> SafeTrainer:
+    """The trainer that the settings describe. `watch`: what looks on."""
     config, args, model_args = settings
     args.model_init_kwargs = init_kwargs(model_args)
     peft_config: PeftConfig | None = get_peft_config(model_args)
@@ -44,22 +46,24 @@ def make_trainer(model_name: str, critic: Critic, settings: Settings) -> SafeTra
         policy=config.policy or "",
         quantization_config=get_quantization_config(model_args),
         peft_config=peft_config,
-        **trainer_options(critic, config),
+        **trainer_options(critic, config, watch),
     )
     trainer.notes = critic.counted
     return trainer
 
 
-def trained(defence: Defence | None, model_name: str, critic: Critic, settings: Settings) -> tuple[SafeTrainer, Any]:
+def trained(
+    defence: Defence | None, model_name: str, critic: Critic, settings: Settings, watch: Sequence[Attach]
+) -> tuple[SafeTrainer, Any]:
     """Train, write the model to the output folder, and return the trainer with the metrics of its training."""
     config, args, _ = settings
     if defence is not None:
-        out = run_chosen(defence, model_name, critic, settings, trainer_options(critic, config))
+        out = run_chosen(defence, model_name, critic, settings, trainer_options(critic, config, watch))
         out.trainer.notes = critic.counted
         save_defended(out, str(args.output_dir))
         write_probe(critic, args.output_dir)
         return out.trainer, out.metrics
-    trainer = make_trainer(model_name, critic, settings)
+    trainer = make_trainer(model_name, critic, settings, watch)
     write_probe(critic, args.output_dir)
     resume: str | bool | None = args.resume_from_checkpoint
     outcome = trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
@@ -93,8 +97,8 @@ def train(argv: Sequence[str], progress: Any) -> str:
     if config.judge and not needs_scores:
         raise ValueError(f"{named} does not use a risk; leave out --judge")
     settings = (config, args, model_args)
-    with open_critic(dataset, settings, name, progress) as critic:
-        trainer, metrics = trained(defence, name, critic, settings)
+    with open_watch(config, args.seed) as watch, open_critic(dataset, settings, name, progress) as critic:
+        trainer, metrics = trained(defence, name, critic, settings, watch)
         if config.cache_dir is None:
             trainer.remove_stored_states()
         if trainer.accelerator.is_main_process:

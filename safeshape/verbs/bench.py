@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> str:
     """Run the matrix and collect its rows. Errors: ValueError for bad input; RuntimeError when cells failed."""
     config = parse(BenchConfig, "bench", argv)
     from safeshape.bench import read_matrix, run_cells
-    from safeshape.bench.cell import PROMPTS, check_cell, run_cell
+    from safeshape.bench.cell import PROMPTS, axes, check_cell, run_cell
     from safeshape.bench.runner import rows_of
     from safeshape.verbs.bars import bars
 
@@ -41,8 +41,12 @@ def main(argv: Sequence[str]) -> str:
     # Cells that an earlier call with other --only has run stand in the results too.
     by_key = {c.key(): rows for c in matrix.cells if (rows := rows_of(folder / "cells" / c.name())) is not None}
     done = [cell for cell in matrix.cells if cell.key() in by_key]
-    rows = [row for cell in done for row in by_key[cell.key()]]
-    outcomes = [one for cell in done for one in json.loads((folder / "cells" / cell.name() / PROMPTS).read_text())]
+    rows = [{**row, "settings": axes(cell)} for cell in done for row in by_key[cell.key()]]
+    outcomes = [
+        {**one, "settings": axes(cell)}
+        for cell in done
+        for one in json.loads((folder / "cells" / cell.name() / PROMPTS).read_text())
+    ]
     failures = [{"cell": failed.cell.name(), "reason": failed.reason} for failed in found.failures]
     for name, content in (("results", rows), ("outcomes", outcomes), ("failures", failures)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")

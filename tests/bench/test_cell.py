@@ -3,10 +3,11 @@
 import json
 
 import pytest
+import yaml
 from datasets import Dataset
 
 from safeshape.bench import Cell
-from safeshape.bench.cell import run_cell
+from safeshape.bench.cell import axes, run_cell
 from safeshape.bench.in_world import attacked, missed, settings_of
 from safeshape.cli import main
 
@@ -48,12 +49,87 @@ def test_misses_turn_that_share_of_the_attackers_rows_safe_and_keep_the_fewer():
         missed(Dataset.from_list([]), 1.5)
 
 
+def test_rows_carry_every_setting_that_tells_cells_apart():
+    asked = {"direct": "direct", "trigger": "trigger_prompt", "k": {"name": "prefill", "k": 3}}
+    one = Cell(
+        model="world:llama",
+        attack={"name": "mixed", "ratio": 0.2},
+        defence={"name": "star", "kl": 2.0},
+        seed=0,
+        settings={"chunk": 5, "asked": asked, "turning": True},
+    )
+    assert axes(one) == {
+        "chunk": 5,
+        "asked": "direct, trigger=trigger_prompt, k=name=prefill, k=3",
+        "turning": "True",
+        "harmful_share": 0.2,
+        "kl": 2.0,
+    }
+
+
 def test_unknown_settings_and_models_are_refused(tmp_path):
     with pytest.raises(ValueError, match="unknown setting 'epoch'"):
         settings_of(cell(epoch=3))
     other = Cell(model="gpt2", attack={"name": "mixed"}, defence={"name": "sft"}, seed=0, settings={})
     with pytest.raises(ValueError, match="world:llama"):
         run_cell(other, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "world:gpt"}, "unknown world model 'gpt'"),
+        ({"attack": {"name": "mixt"}}, "unknown attack 'mixt'"),
+        ({"attack": {"name": "mixed", "share": 0.1}}, "attack 'mixed' has no parameter 'share'"),
+        ({"defence": {"name": "stars"}}, "unknown defence 'stars'"),
+        ({"defence": {"name": "star", "kl": -1.0}}, "kl must lie in"),
+        ({"settings": {"asked": {"x": 3}}}, "asked: x: must be a prompt attack's name"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_run_is_refused_before_anything_is(tmp_path, capsys, changes, message):
+    content = {"model": "world:llama", "attack": "harmful_only", "defence": "sft", "seed": 0} | changes
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump({"experiments": {"e": content}}))
+    argv = ["bench", "--config", str(tmp_path / "m.yaml"), "--output_dir", str(tmp_path / "out")]
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--papers", "true"], "the matrix has no experiment 'worst_case', which the papers' tables name"),
+        (["--notes", "n.yaml"], "give --papers true too"),
+        (["--only", "f"], "the matrix has no experiment 'f'; it has: e"),
+        (["--jobs", "0"], "jobs must be at least 1"),
+    ],
+)
+def test_flags_that_do_not_fit_the_matrix(tmp_path, capsys, flags, message):
+    content = {"model": "world:llama", "attack": "harmful_only", "defence": "sft", "seed": 0}
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump({"experiments": {"e": content}}))
+    argv = ["bench", "--config", str(tmp_path / "m.yaml"), "--output_dir", str(tmp_path / "out"), *flags]
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def here(cells, work, folder, jobs, timeout_s):
+    """The local engine without its processes, which take long to start."""
+    return ((one, work(one, folder / one.name())) for one in cells)
+
+
+def test_a_run_of_one_experiment_keeps_the_rows_of_another(tmp_path, monkeypatch):
+    monkeypatch.setattr("safeshape.bench.runner._local", here)
+    base = {"model": "world:llama", "defence": "untouched", "seed": 0, "settings": {"prompts": 2}}
+    matrix = {"a": {**base, "attack": "harmful_only"}, "b": {**base, "attack": "benign_only"}}
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump({"experiments": matrix}))
+    for only, attacks in (("a", {"harmful_only"}), ("b", {"harmful_only", "benign_only"})):
+        argv = ["bench", "--config", str(tmp_path / "m.yaml"), "--output_dir", str(tmp_path / "out"), "--only", only]
+        assert main(argv) == 0
+        rows = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert {row["attack"] for row in rows} == attacks
+        assert {one["attack"] for one in json.loads((tmp_path / "out" / "outcomes.json").read_text())} == attacks
 
 
 def test_the_verb_wants_a_matrix(capsys):

@@ -12,7 +12,7 @@ import bench_cells as work
 import pytest
 from filelock import FileLock
 
-from safeshape.bench import read_matrix, run_cells
+from safeshape.bench import read_matrix, run_cells, runner
 from safeshape.bench.runner import rows_of
 
 PATHS = os.pathsep.join(str(Path(__file__).parents[up]) for up in (0, 2))  # this folder and the checkout
@@ -71,6 +71,19 @@ def test_what_one_cell_breaks_the_others_do_not_notice(tmp_path):
     assert (mended.reused, len(mended.failures)) == (1, 0)
     assert rows_of(broken) == [{"value": 0, "attack": "raises"}]
     assert not (broken / "error.txt").exists()
+
+
+def test_a_process_that_ends_between_two_cells_is_replaced(tmp_path):
+    cells = cells_of(tmp_path, "ab")
+    worker = runner._Worker()
+    try:
+        worker.run(work.quick, cells[0], tmp_path, 30)
+        os.kill(int(log(tmp_path)[0][1]), signal.SIGKILL)
+        time.sleep(0.5)
+        assert worker.run(work.quick, cells[1], tmp_path, 30) == [{"value": 0, "attack": "b"}]
+    finally:
+        worker.close()
+    assert len({pid for _, pid in log(tmp_path)}) == 2
 
 
 def test_a_killed_run_goes_on_and_leaves_no_process(tmp_path):

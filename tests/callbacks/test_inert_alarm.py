@@ -1,6 +1,7 @@
 """Every alarm rings on the fault it is for, and none on healthy runs."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from training import lora, make, rows
 
 from safeshape.callbacks import InertAlarm
 from safeshape.models.reference import AdapterOff
+from safeshape.policies import POLICIES
 from safeshape.types import Weights
 
 STEPS = 8
@@ -146,6 +148,15 @@ def test_a_policy_of_ones_own_is_heard_too(tmp_path, tokenizer):
         return Weights(ce_BT=torch.full_like(p_safe_BT, scale), kl_BT=torch.zeros_like(p_safe_BT))
 
     assert fired(tmp_path, tokenizer, policy={"name": mine, "scale": 0.5}) == ["equal_weights"]
+
+
+def test_nothing_is_said_of_weights_that_were_never_asked_for(tmp_path, tokenizer):
+    def elsewhere(trainer):  # as a defence's stepper does: gradients that no policy weighs
+        trainer.policy = replace(trainer.policy, function=POLICIES["star"])
+
+    alarm = InertAlarm(patience=3)
+    run(tmp_path, tokenizer, alarm, prepare=elsewhere)
+    assert alarm.fired == []
 
 
 def test_bad_settings():

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from safeshape.evals.sequence_kl import Sample, draw, sequence_kl, step_kl
 from safeshape.evals.theorem import Estimate, Settings, as_text, bounds, gaps, mean, measure, rate
-from safeshape.stats import wilson
+from safeshape.stats import exact, wilson, wilson_of_rate
 from safeshape.types import Score, Span
 from safeshape.verbs.eval_theorem import main
 
@@ -185,12 +185,39 @@ def test_the_guards_misses_by_hand(toy):
         assert high.joint.value == pytest.approx(len(missed) / len(read))
         assert high.conditional.value == pytest.approx(len(missed) / len(bad))
         assert high.conditional.n == len(bad)
+        # 300 answers of each prompt: the prompts are the clusters, so it is no narrower than Wilson's for four of them.
+        low_4, high_4 = wilson_of_rate(high.conditional.value, 4)
+        assert high.conditional.low <= low_4
+        assert high.conditional.high >= high_4
     assert found.unread == ((1, len(texts) - len(read)), (2, len(texts) - len(read)))
     one, two = found.distances
     assert one.tau_min == pytest.approx(0.1)
     assert dict(one.quantiles)[1.0] == pytest.approx(0.8)
     assert two.n == len(read)  # answers of one or two words are one chunk of two
     assert one.n == sum(len(text.split()) for text in read)
+
+
+def test_one_answer_a_prompt_has_the_exact_interval_of_misses(toy):
+    found = measured(toy, samples=1, chunks=(1,), taus=(0.1,), seed=5)
+    (miss,) = found.misses
+    assert miss.conditional is not None
+    assert (miss.conditional.low, miss.conditional.high) == exact(miss.conditional.n, miss.conditional.n)
+
+
+def test_answers_without_a_chunk_are_unread_not_safe(toy):
+    class Silent(Guard):
+        def score_many(self, conversations, *, chunk):
+            for place, score in enumerate(super().score_many(conversations, chunk=chunk)):
+                yield replace(score, spans=()) if place % 2 else score
+
+    tokenizer, policy, reference = toy
+    options = Settings(samples=20, max_new_tokens=CAP, chunks=(1,), taus=(0.5,))
+    found, full = (
+        measure(policy, reference, tokenizer, PROMPTS, lambda i, text: harmful(text), guard, options)
+        for guard in (Silent(), Guard())
+    )
+    assert found.unread[0][1] > full.unread[0][1]
+    assert found.misses[0].joint.n == 80 - found.unread[0][1]
 
 
 def test_without_a_harmful_answer_there_is_no_conditional_rate(toy):

@@ -111,6 +111,9 @@ def test_panels_group_bars_by_model_or_setting():
     (axis,) = panel_figure(make_grid(rows), ["attack_success"], "model").axes
     assert sorted(bar.get_height() for bar in axis.patches) == pytest.approx([0, 10, 20, 30])
     assert [label.get_text().strip("\u200b") for label in axis.get_xticklabels()] == ["one", "two"]
+    assert axis.get_xlim() == (-0.5, 1.5)
+    (axis,) = panel_figure(make_grid(rows[:3]), ["attack_success"], "model").axes  # one defence is missing on "two"
+    assert axis.get_xlim() == (-0.5, 1.5)
     guards = [rate(5, settings={"guard": name}) for name in ("g", "h")]
     assert len(panel_figure(make_grid(guards), ["attack_success"], "guard").axes[0].patches) == 2
     with pytest.raises(ValueError, match="several lines of the table fall on one bar"):

@@ -114,6 +114,8 @@ def test_seeds_are_pooled_and_one_seed_keeps_its_interval():
     scores = [score(value, seed=seed) for seed, value in enumerate((2.0, 2.0))]
     (cell,) = pool(scores).values()
     assert (cell.low, cell.high) == (1.75, 2.25)  # never narrower than a row's own
+    (cell,) = pool([score(value, seed=seed) for seed, value in enumerate((1.0, 5.0))]).values()
+    assert (cell.low, cell.high) == (1.0, 5.0)  # never outside of the scale
 
 
 def test_settings_tell_cells_apart_and_categories_stand_alone():

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from statsmodels.stats.proportion import proportion_confint
 
-from safeshape.stats import bootstrap, exact, mean_band, wilson, wilson_of_rate
+from safeshape.stats import bootstrap, bounded_mean, exact, mean_band, wilson, wilson_of_rate
 
 
 def test_a_bootstrap_interval_of_a_mean_is_the_normal_one_for_many_rows():
@@ -48,6 +48,18 @@ def test_the_band_is_the_interval_of_every_column_and_keeps_rows_together():
     np.testing.assert_allclose(low_P, values_RP.mean(axis=0) - half_P, atol=0.01)
     np.testing.assert_allclose(high_P, values_RP.mean(axis=0) + half_P, atol=0.02)
     np.testing.assert_allclose(low_P[1] - 1, 2 * low_P[0])  # column 1 is 1 + 2 * column 0, row by row
+
+
+def test_equal_values_leave_room_for_what_was_not_seen():
+    values = np.random.default_rng(0).integers(1, 6, size=40).astype(float)
+    assert bounded_mean(values, least=1, most=5, seed=2) == bootstrap(np.mean, values, seed=2)
+    # 6 of 6 were 1: at most 1 - 0.025^(1/6) = 45.9 % are others, and no more than 4 higher.
+    low, high = bounded_mean(np.ones(6), least=1, most=5)
+    assert (low, high) == pytest.approx((1.0, 1 + 4 * (1 - 0.025 ** (1 / 6))))
+    low, high = bounded_mean(np.full(6, 4.0), least=1, most=5)
+    assert (low, high) == pytest.approx((4 - 3 * (1 - 0.025 ** (1 / 6)), 4 + (1 - 0.025 ** (1 / 6))))
+    with pytest.raises(ValueError, match=r"values must lie in \[1, 5\], got 0.0 to 2.0"):
+        bounded_mean(np.array([0.0, 2.0]), least=1, most=5)
 
 
 @pytest.mark.parametrize("rows", [0, 1])
