@@ -31,6 +31,7 @@ _SOURCES = {
     "star": "STAR-DSS, arXiv 2505.17196, eq. 3",
     "star_weight": "STAR-DSS without its divergence: ablation",
     "adaptive": "adaptive regularisation, arXiv 2602.17546",
+    "adaptive_weight": "adaptive regularisation without its divergence: ablation",
     "constrained": "Constrained SFT, arXiv 2406.05946",
 }
 _SCORED_BY = {"star": ("guard",), "star_weight": ("guard",), "adaptive": ("probe", "judge")}
