@@ -34,7 +34,12 @@ _SOURCES = {
     "adaptive_weight": "adaptive regularisation without its divergence: ablation",
     "constrained": "Constrained SFT, arXiv 2406.05946",
 }
-_SCORED_BY = {"star": ("guard",), "star_weight": ("guard",), "adaptive": ("probe", "judge")}
+_SCORED_BY = {
+    "star": ("guard",),
+    "star_weight": ("guard",),
+    "adaptive": ("probe", "judge"),
+    "adaptive_weight": ("probe", "judge"),
+}
 
 
 def _policy_defence(name: str) -> Maker:
