@@ -35,7 +35,7 @@ def test_costs_are_read_from_the_file_that_is_given(tmp_path, capsys):
     assert main(["defences", "--costs", str(path)]) == 0
     shown = capsys.readouterr().out
     assert "7.25x" in shown
-    assert "2000-01-01, abacus, 3 updates" in shown
+    assert "2000-01-01, abacus, 3 updates a run" in shown
     assert shown.count("x ") < 10 or "1.00x" not in shown
 
 

@@ -20,7 +20,7 @@ class DefencesConfig:
     steps: int = option(20, help="measure: updates per defence")
     batch_size: int = option(8, help="measure: rows per update")
     seed: int = option(0, help="measure: seed of data and training")
-    repeats: int = option(2, help="measure: runs per defence, of which the fastest counts")
+    repeats: int = option(3, help="measure: runs per defence, of which the median counts")
     only: list[str] | None = option(None, help="measure: these defences instead of all")
 
     def __post_init__(self) -> None:

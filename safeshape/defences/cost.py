@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -130,27 +131,30 @@ def _alignment(bench: Bench, defence: Defence) -> float:
 def measure(
     bench: Bench, names: Sequence[str], *, repeats: int, progress: Callable[[int, int], None] = lambda d, t: None
 ) -> dict[str, Cost]:
-    """The cost of each defence, from the fastest of `repeats` runs of it and of plain fine-tuning.
+    """The cost of each defence: the median over `repeats` of its run beside one of plain fine-tuning.
 
-    Plain fine-tuning is timed before all others, once for nothing, so that nobody pays for what is loaded first.
+    A run of plain fine-tuning comes before each of them, so that what else the machine does from minute to minute
+    weighs on both; one more comes before all, for nothing, so that nobody pays for what is loaded first.
     """
     _fine_tuning(bench, "sft")
-    plain = [_fine_tuning(bench, "sft") for _ in range(repeats)]
-    aligned = min(_alignment(bench, resolve_defence("sft")) for _ in range(repeats))
-    step, other = min(seconds for seconds, _ in plain), min(seconds for _, seconds in plain)
     found: dict[str, Cost] = {}
     for place, name in enumerate(names):
         progress(place, len(names))
         defence = resolve_defence(name)
-        if defence.stage == "alignment":
-            own = min(_alignment(bench, defence) for _ in range(repeats))
-            found[name] = Cost(per_step=own / aligned, once=0.0)
-        else:
-            runs = [_fine_tuning(bench, name) for _ in range(repeats)]
-            extra = min(seconds for _, seconds in runs) - other
-            found[name] = Cost(per_step=min(seconds for seconds, _ in runs) / step, once=max(extra, 0.0) / step)
+        pairs = [_pair(bench, defence, name) for _ in range(repeats)]
+        found[name] = Cost(per_step=median(step for step, _ in pairs), once=max(median(once for _, once in pairs), 0.0))
     progress(len(names), len(names))
     return found
+
+
+def _pair(bench: Bench, defence: Defence, name: str) -> tuple[float, float]:
+    """Time of an update, and of everything else, in updates of a plain run made just before."""
+    if defence.stage == "alignment":
+        plain = _alignment(bench, resolve_defence("sft"))
+        return _alignment(bench, defence) / plain, 0.0
+    plain, besides = _fine_tuning(bench, "sft")
+    step, other = _fine_tuning(bench, name)
+    return step / plain, (other - besides) / plain
 
 
 def device() -> str:
@@ -215,12 +219,12 @@ def rows(costs: Mapping[str, Cost]) -> list[dict[str, Any]]:
 
 def text(table: Sequence[Mapping[str, Any]]) -> str:
     """The table for a terminal; what differs stands below each row."""
-    head = f"{'defence':14}{'stage':13}{'cost':>7}{'+ once':>9}  {'needs':30}source"
+    head = f"{'defence':17}{'stage':13}{'cost':>7}{'+ once':>9}  {'needs':30}source"
     lines = [head]
     for row in table:
         cost = "-" if row["per_step"] is None else f"{row['per_step']:.2f}x"
-        once = "" if not row["once"] else f"{row['once']:.0f} steps"
-        lines.append(f"{row['name']:14}{row['stage']:13}{cost:>7}{once:>9}  {row['needs']:30}{row['source']}")
+        once = "" if row["once"] is None or round(row["once"]) == 0 else f"{row['once']:.0f} steps"
+        lines.append(f"{row['name']:17}{row['stage']:13}{cost:>7}{once:>9}  {row['needs']:30}{row['source']}")
         if row["differs"]:
-            lines.append(f"{'':14}Differs: {row['differs']}")
+            lines.append(f"{'':17}Differs: {row['differs']}")
     return "\n".join(lines)

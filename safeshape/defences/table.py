@@ -1,11 +1,11 @@
 """The shipped defences, and how a name or a YAML mapping becomes one."""
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from safeshape.config.naming import check_parameters, named
 from safeshape.defences.arithmetic import lox, resta
 from safeshape.defences.averaging import ema
 from safeshape.defences.data import drop_risky, ptst, safe_instruct
@@ -31,9 +31,15 @@ _SOURCES = {
     "star": "STAR-DSS, arXiv 2505.17196, eq. 3",
     "star_weight": "STAR-DSS without its divergence: ablation",
     "adaptive": "adaptive regularisation, arXiv 2602.17546",
+    "adaptive_weight": "adaptive regularisation without its divergence: ablation",
     "constrained": "Constrained SFT, arXiv 2406.05946",
 }
-_SCORED_BY = {"star": ("guard",), "star_weight": ("guard",), "adaptive": ("probe", "judge")}
+_SCORED_BY = {
+    "star": ("guard",),
+    "star_weight": ("guard",),
+    "adaptive": ("probe", "judge"),
+    "adaptive_weight": ("probe", "judge"),
+}
 
 
 def _policy_defence(name: str) -> Maker:
@@ -89,33 +95,16 @@ def resolve_defence(spec: str | Mapping[str, Any] | Defence) -> Defence:
         return spec
     parameters = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
     name = parameters.pop("name", None)
-    maker = _maker(name)
-    if name not in POLICIES:
-        known = inspect.signature(maker).parameters
-        for key, value in parameters.items():
-            if key not in known:
-                raise ValueError(f"defence {name!r} has no parameter {key!r}; it has: {', '.join(known) or 'none'}")
-            default = known[key].default
-            if isinstance(default, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise ValueError(f"defence {name!r}: parameter {key!r} must be a number, got {value!r}")
+    maker = named(name, DEFENCES, "defence")
+    if not callable(maker):
+        raise ValueError(f"{name!r} is not a function")
+    if name not in POLICIES:  # which check their own
+        check_parameters(maker, parameters, f"defence {name!r}", given=())
+    try:
+        inspect.signature(maker).bind(**parameters)
+    except TypeError as error:
+        raise ValueError(f"defence {name!r}: {error}") from error
     found = maker(**parameters)
     if not isinstance(found, Defence):
         raise ValueError(f"{name!r} does not give a Defence but {type(found).__name__}")
     return replace(found, parameters=parameters)
-
-
-def _maker(name: object) -> Maker:
-    if not isinstance(name, str):
-        raise ValueError(f"a defence's name must be a string, got {name!r}")
-    if name in DEFENCES:
-        return DEFENCES[name]
-    module, _, function = name.partition(":")
-    if not function:
-        raise ValueError(f"unknown defence {name!r}; known: {', '.join(DEFENCES)}, or your own as module:function")
-    try:
-        found: Maker = vars(importlib.import_module(module))[function]
-    except (ImportError, KeyError) as error:
-        raise ValueError(f"cannot import defence {name!r}: {error}") from error
-    if not callable(found):
-        raise ValueError(f"{name!r} is not a function")
-    return found

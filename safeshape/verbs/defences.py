@@ -10,7 +10,8 @@ from safeshape.config import DefencesConfig, parse
 
 _NOTE = (
     "cost: time of an update over that of plain fine-tuning, in the run that the defence changes (for the stage "
-    "alignment the alignment run);\n+ once: its work outside of that run, in updates of plain fine-tuning. "
+    "alignment the alignment run);\n+ once: its work outside of that run, in updates of plain fine-tuning; one or two "
+    "are noise. "
 )
 
 
@@ -27,7 +28,7 @@ def _listed(config: DefencesConfig) -> str:
 
     found = read_costs(COSTS if config.costs is None else Path(config.costs))
     table = rows(found["costs"])
-    where = f"Measured on the embedded world, {found['date']}, {found['device']}, {found['steps']} updates."
+    where = f"Measured on the embedded world, {found['date']}, {found['device']}, {found['steps']} updates a run."
     if config.output is not None:
         facts = {name: value for name, value in found.items() if name != "costs"}
         Path(config.output).write_text(json.dumps({**facts, "defences": table}, indent=1) + "\n")

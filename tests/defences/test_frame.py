@@ -59,6 +59,8 @@ def test_every_defence_says_where_it_is_from_and_is_named_by_its_row(name):
         ({"name": 3}, "name must be a string"),
         ("nowhere:thing", "cannot import defence"),
         ("training:rows", "does not give a Defence but list"),
+        ("training:WORDS", "'training:WORDS' is not a function"),
+        ("training:make", "defence 'training:make': missing a required argument: 'folder'"),
     ],
 )
 def test_bad_specifications_are_refused(spec, message):
