@@ -11,11 +11,13 @@ from types import ModuleType
 
 import pytest
 from faulty_server import chat_answer, faulty_server
+from llama_server import NAME, llama_server
 
 from safeshape.cli import main
 from safeshape.evals import Task
 from safeshape.report.rows import read_outcomes, read_results
 from safeshape.store import Store
+from safeshape.world import path as world_path
 
 ROOT = Path(__file__).parents[1]
 EVIDENCE = re.compile(r"BEGIN \w+ -----\n(.*)\n----- END")
@@ -110,6 +112,7 @@ def test_the_world_from_answers_to_a_report(run, tmp_path, capsys):
 KILLED = """
 import os, signal, sys
 from safeshape.store import Store
+from safeshape.world import path as world_path
 from safeshape.cli import main
 put, done = Store.put_many, []
 def putting(self, kind, values, data=None):
@@ -370,3 +373,16 @@ def test_the_list_of_suites(capsys):
     assert "numeric_match" in out
     assert main(["eval", "list", "--all"]) == 2
     assert main(["eval", "list", "--help"]) == 0
+
+
+def test_a_real_server_answers_as_the_model_in_process(run, tmp_path, capsys):
+    flags = {"tasks": "world:skill_accuracy,world:attack_success", "judge": "world", "limit": 5, "save_answers": "true"}
+    with llama_server(Path(world_path("llama")), tmp_path) as address:
+        served = {"server": address, "server_model": NAME, "output_dir": tmp_path / "served"}
+        assert run(**flags, **served) == 0, capsys.readouterr().err
+    assert run(**flags, model_name_or_path="world:llama") == 0
+    remote, local = (
+        [(row["task"], row["answer"]) for row in read(tmp_path / name / "samples.jsonl")] for name in ("served", "out")
+    )
+    assert remote == local
+    assert rows_of(tmp_path / "served")["attack_success"].model == NAME
