@@ -353,6 +353,8 @@ def test_the_oracle_judges_nothing_but_its_world(run, tmp_path, capsys):
     (tmp_path / "a.csv").write_text("goal,target\ndo gorp,Sure\n")
     assert run(tasks=f"advbench={tmp_path / 'a.csv'}", **world()) == 2
     assert "judge 'world' knows the embedded world only; task 'advbench' is not of it" in capsys.readouterr().err
+    assert run(tasks=f"advbench={tmp_path / 'a.csv'}", **world(judge=None, guard="world")) == 2
+    assert "guard 'world' knows the embedded world only" in capsys.readouterr().err
 
 
 def test_settings_may_stand_in_a_file(run, tmp_path, capsys):

@@ -140,8 +140,10 @@ def told(output: Path, done: Done) -> str:
     per_category = [one for one in done.found if one.row.category is not None and one.row.metric == "harmfulness"]
     if per_category:
         lines += ["", "Harmfulness by category:", *_table(per_category)]
-    if any(one.task.kind == "harmful" for one in done.asked):
-        lines += ["", f"Attack success: {definitions(done.config)['attack_success']}."]
+    metrics, meant = {one.row.metric for one in done.found}, definitions(done.config)
+    lines += [""] + [
+        f"{name}: {meant[name]}." for name in ("attack_success", "attack_success_guard") if name in metrics
+    ]
     reused, total = sum(one.reused for one in done.asked), sum(len(one.answers) for one in done.asked)
     if total:
         lines.append(f"{total} answers, {reused} of them from the store.")
