@@ -191,13 +191,18 @@ def opened_tools(config: EvalConfig, tasks: Sequence[Task], scorers: Mapping[str
             tools.judge.close()
 
 
-def kept(tools: Tools, store: Store) -> Tools:
-    """The same tools, keeping verdicts in a store. The judge lives no longer than the one it is made from."""
+@contextlib.contextmanager
+def keeping(config: EvalConfig, tools: Tools, store: Store) -> Iterator[Tools]:
+    """The same tools, keeping verdicts in a store. A judge of the user's own (module:function) keeps its own."""
     if not isinstance(tools.judge, Judge):
-        return tools
-    judge = Judge(tools.judge.asking, rubric=tools.judge.rubric, store=store, tries=tools.judge.tries)
-    grader = None if tools.grader is None else _grader(judge, store)
-    return replace(tools, judge=judge, grader=grader)
+        yield tools
+        return
+    grader = None if tools.grader is None else _grader(tools.judge, store)
+    if judge_kind(str(config.judge)) == "function":
+        yield replace(tools, grader=grader)
+        return
+    with Judge(tools.judge.asking, rubric=tools.judge.rubric, store=store, tries=tools.judge.tries) as judge:
+        yield replace(tools, judge=judge, grader=grader)
 
 
 def world_refuses(messages: Sequence[Message], answer: str) -> bool:
