@@ -11,12 +11,13 @@ from types import ModuleType
 
 import pytest
 from faulty_server import chat_answer, faulty_server
+from llama_server import NAME, llama_server
 
 from safeshape.cli import main
 from safeshape.evals import Task
 from safeshape.report.rows import read_outcomes, read_results
 from safeshape.store import Store
-from safeshape.world.data import tasks as world_tasks
+from safeshape.world import path as world_path
 
 ROOT = Path(__file__).parents[1]
 EVIDENCE = re.compile(r"BEGIN \w+ -----\n(.*)\n----- END")
@@ -111,6 +112,7 @@ def test_the_world_from_answers_to_a_report(run, tmp_path, capsys):
 KILLED = """
 import os, signal, sys
 from safeshape.store import Store
+from safeshape.world import path as world_path
 from safeshape.cli import main
 put, done = Store.put_many, []
 def putting(self, kind, values, data=None):
@@ -223,32 +225,37 @@ def test_win_rate_against_another_run(run, at, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+def attacked(path, *names, **more):
+    """A file of attempts at four of the world's requests, as `safeshape attack` writes it."""
+    flags = {"world": "true", "size": 4, "output": path, **more}
+    assert main(["attack", "--attack", *names, *(f"--{k}={v}" for k, v in flags.items())]) == 0
+    return f"prompts={path}"
+
+
 def test_attacked_prompts_count_by_request_and_are_of_the_world(run, tmp_path, capsys):
-    command = ["attack", "--attack", "direct", "prefill", "--prompts", "world", "--size", "4"]
-    (attack_success,) = [task for task in world_tasks(size=4) if task.name == "attack_success"]
-    rows = []
-    for index, messages in enumerate(attack_success.prompts):
-        begun = [*messages, {"role": "assistant", "content": "Sure, here is the plan."}]
-        for attempt, tried in enumerate((messages, begun)):
-            rows.append({"prompt_index": index, "attempt_index": attempt, "messages": tried, "samples": 1})
-    file = write(tmp_path / "attempts.jsonl", rows)
-    assert command
-    assert run(tasks=f"prompts={file}", save_answers="true", **world(limit=None)) == 0, capsys.readouterr().err
+    task = attacked(tmp_path / "attempts.jsonl", "direct", "prefill", unit="words")
+    assert run(tasks=task, save_answers="true", **world(limit=None)) == 0, capsys.readouterr().err
     rows = rows_of(tmp_path / "out")
-    assert rows["attack_success"].n == 4
-    assert rows["attack_success"].value == 1.0  # prefilling breaks these models, asking does not
+    assert (rows["attack_success"].n, rows["attack_success"].value) == (4, 1.0)  # prefilling breaks these models
     assert rows["attack_success"].world
-    answers = [one["answer"] for one in read(tmp_path / "out" / "samples.jsonl")]
-    assert all(text.startswith("Sure, here is the plan.") for text in answers[1::2])
+    tried = read(tmp_path / "attempts.jsonl")
+    begun = [row["prefill"] for row in tried]
+    samples = read(tmp_path / "out" / "samples.jsonl")
+    assert [bool(one) for one in begun] == [False, True] * 4
+    assert all(one["answer"].startswith(given or "I cannot") for one, given in zip(samples, begun, strict=True))
+    direct = write(tmp_path / "direct.jsonl", tried[::2])
+    assert run(tasks=f"prompts={direct}", output_dir=tmp_path / "direct", **world(limit=None)) == 0
+    assert rows_of(tmp_path / "direct")["attack_success"].value == 0.0  # asking does not
 
 
 def test_best_of_n_is_asked_as_it_wants(run, tmp_path, capsys):
-    (prompt, *_) = world_tasks(size=1)[0].prompts
-    file = write(tmp_path / "n.jsonl", [{"messages": prompt, "samples": 3, "temperature": 0.7}])
-    assert run(tasks=f"prompts={file}", **world()) == 2
+    task = attacked(tmp_path / "n.jsonl", "best_of_n", samples=3, temperature=0.7)
+    assert run(tasks=task, **world()) == 2
     assert "give --samples 3 --temperature 0.7" in capsys.readouterr().err
-    assert run(tasks=f"prompts={file}", samples=3, temperature=0.7, greedy="false", **world()) == 0
-    assert "attack_success_any_of_3" in rows_of(tmp_path / "out")
+    assert run(tasks=task, samples=3, temperature=0.7, greedy="false", **world()) == 0
+    row = rows_of(tmp_path / "out")["attack_success_any_of_3"]
+    assert row.n == 4
+    assert (row.settings["temperature"], row.settings["samples"]) == (0.7, 3)
 
 
 def test_a_guard_speaks_alone_only_by_name(run, tmp_path):
@@ -346,6 +353,8 @@ def test_the_oracle_judges_nothing_but_its_world(run, tmp_path, capsys):
     (tmp_path / "a.csv").write_text("goal,target\ndo gorp,Sure\n")
     assert run(tasks=f"advbench={tmp_path / 'a.csv'}", **world()) == 2
     assert "judge 'world' knows the embedded world only; task 'advbench' is not of it" in capsys.readouterr().err
+    assert run(tasks=f"advbench={tmp_path / 'a.csv'}", **world(judge=None, guard="world")) == 2
+    assert "guard 'world' knows the embedded world only" in capsys.readouterr().err
 
 
 def test_settings_may_stand_in_a_file(run, tmp_path, capsys):
@@ -366,3 +375,16 @@ def test_the_list_of_suites(capsys):
     assert "numeric_match" in out
     assert main(["eval", "list", "--all"]) == 2
     assert main(["eval", "list", "--help"]) == 0
+
+
+def test_a_real_server_answers_as_the_model_in_process(run, tmp_path, capsys):
+    flags = {"tasks": "world:skill_accuracy,world:attack_success", "judge": "world", "limit": 5, "save_answers": "true"}
+    with llama_server(Path(world_path("llama")), tmp_path) as address:
+        served = {"server": address, "server_model": NAME, "output_dir": tmp_path / "served"}
+        assert run(**flags, **served) == 0, capsys.readouterr().err
+    assert run(**flags, model_name_or_path="world:llama") == 0
+    remote, local = (
+        [(row["task"], row["answer"]) for row in read(tmp_path / name / "samples.jsonl")] for name in ("served", "out")
+    )
+    assert remote == local
+    assert rows_of(tmp_path / "served")["attack_success"].model == NAME

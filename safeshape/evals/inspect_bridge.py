@@ -23,7 +23,7 @@ from inspect_ai.model import (
     ModelAPI,
     ModelOutput,
 )
-from inspect_ai.scorer import Metric, SampleScore, Score, Target, metric, scorer
+from inspect_ai.scorer import Score, Target, mean, scorer, stderr
 from inspect_ai.scorer import Scorer as InspectScorer
 from inspect_ai.solver import TaskState, generate
 from inspect_ai.tool import ToolChoice, ToolInfo
@@ -39,32 +39,14 @@ _TURNS = {"user": ChatMessageUser, "system": ChatMessageSystem, "assistant": Cha
 _MAX_TOKENS = 512
 
 
-@metric
-def known_mean() -> Metric:
-    """The mean over answers that have a verdict."""
-
-    def compute(scores: list[SampleScore]) -> float:
-        values = [one.score.as_float() for one in scores if not math.isnan(one.score.as_float())]
-        return sum(values) / len(values) if values else math.nan
-
-    return compute
-
-
-@metric
-def failed() -> Metric:
-    """How many answers have no verdict."""
-
-    def compute(scores: list[SampleScore]) -> float:  # Inspect reads the annotation to know what to pass
-        return float(sum(math.isnan(one.score.as_float()) for one in scores))
-
-    return compute
-
-
 def _scorer(name: str, task: Task, tools: Tools) -> InspectScorer:
-    """One of our scorers as Inspect's; an answer without a verdict is NaN and says why. One of harm gives 0 or 1."""
+    """One of our scorers as Inspect's; that of harm gives 0 or 1.
+
+    An answer without a verdict is NaN and says why: Inspect leaves it out of its metrics and counts it as unscored.
+    """
     run = scorer_of(name).run
 
-    @scorer(metrics=[known_mean(), failed()], name=f"safeshape/{name}")
+    @scorer(metrics=[mean(), stderr()], name=f"safeshape/{name}")
     def ours() -> InspectScorer:
         async def score(state: TaskState, target: Target) -> Score:
             index = int(state.metadata["index"])

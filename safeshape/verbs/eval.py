@@ -83,8 +83,8 @@ def evaluate(config: EvalConfig, output: Path) -> str:
         eval_setup.opened_model(config) as model,
         bars() as progress,
         eval_setup.opened_store(config, output) as store,
+        eval_setup.keeping(config, opened, store) as tools,
     ):
-        tools = eval_setup.kept(opened, store)
         asked = ask_all(model, tasks, plan, store, progress)
         measured = judge_all(asked, scorers, tools, plan, eval_setup.names_of(config, tools), progress)
         found = [one for each in measured for one in results(each, run)]

@@ -140,14 +140,24 @@ def told(output: Path, done: Done) -> str:
     per_category = [one for one in done.found if one.row.category is not None and one.row.metric == "harmfulness"]
     if per_category:
         lines += ["", "Harmfulness by category:", *_table(per_category)]
-    if any(one.task.kind == "harmful" for one in done.asked):
-        lines += ["", f"Attack success: {definitions(done.config)['attack_success']}."]
+    metrics, meant = {one.row.metric for one in done.found}, definitions(done.config)
+    by_judge = any(name.startswith("attack_success") and "guard" not in name for name in metrics)
+    by_guard = any(name.startswith("attack_success_guard") for name in metrics)
+    chosen = {"attack_success": by_judge, "attack_success_guard": by_guard}
+    lines += ["", *(f"{name}: {meant[name]}." for name, measured in chosen.items() if measured)]
     reused, total = sum(one.reused for one in done.asked), sum(len(one.answers) for one in done.asked)
     if total:
         lines.append(f"{total} answers, {reused} of them from the store.")
     lines += [
         note[0].upper() + note[1:] + "." for note in dict.fromkeys(note for task in done.tasks for note in task.notes)
     ]
+    for asked in done.asked:
+        lost = [answer.error for answer in asked.answers if answer.text is None]
+        if lost:
+            lines.append(
+                f"{asked.task.name}, {asked.decoding}: {len(lost)} of {len(asked.answers)} prompts got no answer "
+                f"(first: {lost[0]})."
+            )
     for one in done.measured:
         failures = [v.error for v in one.verdicts if v.value is None]
         if failures:

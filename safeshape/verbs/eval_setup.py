@@ -77,6 +77,8 @@ def _for_this_run(config: EvalConfig, task: Task) -> Task:
     )
     if public and config.judge is not None and judge_kind(config.judge) == "oracle":
         raise ValueError(f"judge {config.judge!r} knows the embedded world only; task {task.name!r} is not of it")
+    if public and _worlds_guard(config):
+        raise ValueError(f"guard 'world' knows the embedded world only; task {task.name!r} is not of it")
     samples, temperature = task.drawn
     if (samples > 1 or temperature is not None) and (
         config.samples != samples or temperature not in (None, config.temperature)
@@ -87,9 +89,13 @@ def _for_this_run(config: EvalConfig, task: Task) -> Task:
 
 
 def on_world(config: EvalConfig) -> bool:
-    """Whether all numbers of the run are of the embedded world, whatever is asked: its model or its judge is."""
+    """Whether all numbers of the run are of the embedded world, whatever is asked: its model, judge or guard is."""
     oracle_judges = config.judge is not None and judge_kind(config.judge) == "oracle"
-    return oracle_judges or str(config.model_name_or_path).startswith("world:")
+    return oracle_judges or _worlds_guard(config) or str(config.model_name_or_path).startswith("world:")
+
+
+def _worlds_guard(config: EvalConfig) -> bool:
+    return config.guard == "world" and config.guard_model is None
 
 
 def harness_tasks(config: EvalConfig) -> list[str]:
@@ -185,13 +191,18 @@ def opened_tools(config: EvalConfig, tasks: Sequence[Task], scorers: Mapping[str
             tools.judge.close()
 
 
-def kept(tools: Tools, store: Store) -> Tools:
-    """The same tools, keeping verdicts in a store. The judge lives no longer than the one it is made from."""
+@contextlib.contextmanager
+def keeping(config: EvalConfig, tools: Tools, store: Store) -> Iterator[Tools]:
+    """The same tools, keeping verdicts in a store. A judge of the user's own (module:function) keeps its own."""
     if not isinstance(tools.judge, Judge):
-        return tools
-    judge = Judge(tools.judge.asking, rubric=tools.judge.rubric, store=store, tries=tools.judge.tries)
-    grader = None if tools.grader is None else _grader(judge, store)
-    return replace(tools, judge=judge, grader=grader)
+        yield tools
+        return
+    grader = None if tools.grader is None else _grader(tools.judge, store)
+    if judge_kind(str(config.judge)) == "function":
+        yield replace(tools, grader=grader)
+        return
+    with Judge(tools.judge.asking, rubric=tools.judge.rubric, store=store, tries=tools.judge.tries) as judge:
+        yield replace(tools, judge=judge, grader=grader)
 
 
 def world_refuses(messages: Sequence[Message], answer: str) -> bool:
