@@ -11,7 +11,7 @@ from safeshape.bench.matrix import read_matrix
 from safeshape.defences import DEFENCES, resolve_defence
 from safeshape.world.pools import texts
 
-PATH = Path(__file__).parents[2] / "recipes" / "defences.yaml"
+PATH = Path(__file__).parents[2] / "recipes" / "bench" / "defences.yaml"
 CONTENT = yaml.safe_load(PATH.read_text())
 # What has no knob to search, or whose knobs are those of its method without the divergence.
 WITHOUT_SEARCH = {"sft", "soft_weight", "star_weight", "adaptive_weight", "ptst"}
