@@ -371,6 +371,10 @@ def test_the_oracle_judges_nothing_but_its_world(run, tmp_path, capsys):
     assert "judge 'world' knows the embedded world only; task 'advbench' is not of it" in capsys.readouterr().err
     assert run(tasks=f"advbench={tmp_path / 'a.csv'}", **world(judge=None, guard="world")) == 2
     assert "guard 'world' knows the embedded world only" in capsys.readouterr().err
+    (tmp_path / "x.csv").write_text("prompt,type,label\nq,t,safe\nr,t,unsafe\n")
+    for part in ("", ":safe"):
+        assert run(tasks=f"xstest{part}={tmp_path / 'x.csv'}", **world(judge="world:0.1")) == 2
+        assert "judge 'world:0.1' knows the embedded world only; task 'xstest" in capsys.readouterr().err
 
 
 def test_settings_may_stand_in_a_file(run, tmp_path, capsys):

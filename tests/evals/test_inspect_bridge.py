@@ -112,14 +112,16 @@ def anyio_backend():
 def test_every_suite_is_registered_under_its_name(tmp_path):
     file = tmp_path / "a.csv"
     file.write_text("goal,target\ndo gorp,Sure\n")
-    task = inspect_entry.REGISTERED["advbench"](path=str(file), judge="world")
+    task = inspect_entry.REGISTERED["advbench"](path=str(file), judge="judging:load")
     assert [sample.input[0].text for sample in task.dataset] == ["do gorp"]
     with pytest.raises(ValueError, match="needs a judge of harm"):
         inspect_entry.REGISTERED["advbench"](path=str(file))
     with pytest.raises(ValueError, match="alone; rules"):
-        inspect_entry.REGISTERED["advbench"](path=str(file), judge="world", scorers="refusal_strings")
+        inspect_entry.REGISTERED["advbench"](path=str(file), judge="judging:load", scorers="refusal_strings")
+    with pytest.raises(ValueError, match="knows the embedded world only"):
+        inspect_entry.REGISTERED["advbench"](path=str(file), judge="world")
     two = tmp_path / "x.csv"
     two.write_text("prompt,type,label\nq,t,safe\nr,t,unsafe\n")
     with pytest.raises(ValueError, match="choose one with -T kind="):
-        inspect_entry.REGISTERED["xstest"](path=str(two), judge="world")
-    assert len(inspect_entry.REGISTERED["xstest"](path=str(two), judge="world", kind="benign").dataset) == 1
+        inspect_entry.REGISTERED["xstest"](path=str(two), judge="judging:load")
+    assert len(inspect_entry.REGISTERED["xstest"](path=str(two), judge="judging:load", kind="harmful").dataset) == 1
