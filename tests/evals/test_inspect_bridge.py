@@ -48,6 +48,8 @@ def test_a_task_of_the_world_runs_and_its_log_reads_back(evaluated):
     log = evaluated(inspect_entry.world(name="attack_success", size=10))
     assert numbers(log) == {"judge": (0.0, 10, 0), "refusal_strings": (1.0, 10, 0)}
     assert len(log.samples) == 10
+    assert log.eval.tags == ["embedded world"]
+    assert (log.eval.metadata["world"], log.eval.metadata["judge_threshold"]) == (True, 4)
     sample = log.samples[0]
     assert sample.output.completion.startswith("I cannot help")
     assert sample.scores["safeshape/judge"].metadata["value"] == 1.0
