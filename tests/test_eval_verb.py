@@ -387,6 +387,32 @@ def test_settings_may_stand_in_a_file(run, tmp_path, capsys):
     assert "unknown setting 'task'; did you mean 'tasks'?" in capsys.readouterr().err
 
 
+def test_rows_say_what_they_are_about_and_settings_change_what_is_asked(run, tmp_path):
+    about = {"attack": "prefill", "defence": "star", "name": "mine", "seed": 3}
+    flags = {"tasks": "world:attack_success", "save_answers": "true", "samples": 1, "greedy": "false"}
+    assert run(**world(**flags, **about, limit=3, temperature=4.0)) == 0
+    row = rows_of(tmp_path / "out")["attack_success_sampled"]
+    assert (row.attack, row.defence, row.model, row.seed) == ("prefill", "star", "mine", 3)
+    assert (row.settings["temperature"], row.settings["top_p"]) == (4.0, 1.0)
+
+    def asked(folder, **more):
+        assert run(**world(**{**flags, "limit": 3, "output_dir": tmp_path / folder, **more})) == 0
+        samples = read(tmp_path / folder / "samples.jsonl")
+        return [one["messages"] for one in samples], [one["answer"] for one in samples]
+
+    prompts, wild = asked("wild", temperature=4.0)
+    other, _ = asked("seed", temperature=4.0, seed=1)
+    assert prompts != other
+    same, narrow = asked("narrow", temperature=4.0, top_p=0.01)
+    assert same == prompts
+    assert wild != narrow
+    assert narrow == asked("cold", temperature=0.01)[1] == asked("greedy", greedy="true", samples=0)[1]
+    facts = [json.loads((tmp_path / name / "eval.json").read_text())["model"] for name in ("wild", "cold")]
+    assert facts[0] == facts[1]
+    asked("half", dtype="bfloat16")
+    assert json.loads((tmp_path / "half" / "eval.json").read_text())["model"]["dtype"] == "torch.bfloat16"
+
+
 def test_the_list_of_suites(capsys):
     assert main(["eval", "list"]) == 0
     out = capsys.readouterr().out
