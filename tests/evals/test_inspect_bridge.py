@@ -1,6 +1,8 @@
 """Our tasks in Inspect AI, on the world's model through our own provider, without network; its logs read back."""
 
 import math
+import tomllib
+from pathlib import Path
 
 import inspect_ai
 import pytest
@@ -8,8 +10,9 @@ from inspect_ai.log import list_eval_logs, read_eval_log
 from inspect_ai.model import ChatMessageUser, GenerateConfig
 
 from safeshape.evals import Task
-from safeshape.evals.inspect_bridge import inspect_task
+from safeshape.evals.inspect_bridge import _whole, inspect_task
 from safeshape.evals.scorers import Tools
+from safeshape.evals.suites import SUITES
 from safeshape.types import Judgement
 from safeshape.verbs import inspect_entry
 from safeshape.verbs.eval_setup import open_tools, world_tasks
@@ -92,6 +95,12 @@ def test_success_is_a_score_at_the_threshold_and_a_begun_answer_is_whole(evaluat
     assert all(sample.output.completion.startswith("Sure, here is the plan.") for sample in log.samples)
 
 
+def test_a_begun_answer_is_made_whole_where_a_provider_gives_the_rest_only():
+    begun = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "Sure,"}]
+    assert _whole(begun, " yes") == _whole(begun, "Sure, yes") == "Sure, yes"
+    assert _whole(begun[:1], "yes") == "yes"
+
+
 @pytest.mark.anyio
 async def test_samples_differ_where_a_temperature_is_given(model):
     async def ask(**config):
@@ -112,6 +121,9 @@ def anyio_backend():
 
 
 def test_every_suite_is_registered_under_its_name(tmp_path):
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert project["project"]["entry-points"]["inspect_ai"] == {"safeshape": inspect_entry.__name__}
+    assert set(inspect_entry.REGISTERED) == set(SUITES)
     file = tmp_path / "a.csv"
     file.write_text("goal,target\ndo gorp,Sure\n")
     task = inspect_entry.REGISTERED["advbench"](path=str(file), judge="judging:load")
