@@ -103,6 +103,7 @@ class LocalModel:
             raise ValueError(f"{name}: the tokenizer has no chat template")
         self.model, self.tokenizer, self.name, self.batch_size = model, tokenizer, name, batch_size
         self._identity: dict[str, Any] | None = None
+        self._reads: int | None = model.config.get_text_config().to_dict().get("max_position_embeddings")
 
     def identity(self) -> dict[str, Any]:
         """Hashes of the weights, of the tokenizer with its template, and of the model's own generation settings."""
@@ -156,9 +157,9 @@ class LocalModel:
         except TemplateError as error:
             return f"the chat template rejects the conversation: {error}"
         tokens = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        config = self.model.config.get_text_config().to_dict()
-        limit = config.get("max_position_embeddings")
-        return None if limit is None or tokens < limit else f"the prompt has {tokens} tokens; the model reads {limit}"
+        if self._reads is None or tokens < self._reads:
+            return None
+        return f"the prompt has {tokens} tokens; the model reads {self._reads}"
 
     def close(self) -> None:
         """Nothing is under way."""

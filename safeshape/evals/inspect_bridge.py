@@ -96,6 +96,13 @@ def inspect_task(task: Task, tools: Tools, scorers: Sequence[str] = ()) -> Inspe
         scorer=[_scorer(name, task, tools) for name in names],
         config=GenerateConfig(max_tokens=task.max_new_tokens),
         name=task.name.replace(":", "_"),
+        tags=["embedded world"] if task.world else None,
+        metadata={
+            "kind": task.kind,
+            "judge_threshold": tools.threshold,
+            "world": task.world,
+            "notes": list(task.notes),
+        },
     )
 
 

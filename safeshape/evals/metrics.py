@@ -224,8 +224,8 @@ def _row(measured: Measured, run: Run, metric: str, value: float, n: int, low: f
         metric=metric,
         value=value,
         n=n,
-        low=min(low, value),  # rounding puts the ends of 0 % and 100 % a hair inside
-        high=max(high, value),
+        low=low,
+        high=high,
         judge=measured.judge,
         world=measured.task.world,
         settings=settings,

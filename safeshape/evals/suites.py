@@ -194,6 +194,7 @@ SUITES: dict[str, Suite] = {
         scorers=("exact_match",),
     ),
 }
+OWN = ("prompts", "benign", "questions")
 
 
 def load_suite(
@@ -230,7 +231,7 @@ def load_suite(
             places = sorted(random.Random(f"{name}/{kind}/{seed}").sample(range(len(chosen)), limit))
             chosen = [chosen[place] for place in places]
         label = name if len(kinds) == 1 else f"{name}_{kind}"
-        if path is not None and suite.field == _OWN:  # several files of one's own are several tasks
+        if path is not None and name in OWN:  # several files of one's own are several tasks
             label = f"{label}:{Path(path).stem}"
         tasks.append(_task(label if part is None else f"{label}:{part}", suite, kind, chosen, notes))
     return tasks

@@ -37,8 +37,9 @@ def exact(successes: int, n: int) -> tuple[float, float]:
 def _proportion(successes: int, n: int, method: str) -> tuple[float, float]:
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"a rate needs 0 <= successes <= n and n >= 1, got {successes} of {n}")
-    interval = binomtest(successes, n).proportion_ci(confidence_level=0.95, method=method)
-    return float(interval.low), float(interval.high)
+    interval, rate = binomtest(successes, n).proportion_ci(confidence_level=0.95, method=method), successes / n
+    # At 0 and 1 rounding may put an end on the wrong side of the rate.
+    return min(float(interval.low), rate), max(float(interval.high), rate)
 
 
 def wilson_of_rate(rate: float, n: int) -> tuple[float, float]:
@@ -51,7 +52,8 @@ def wilson_of_rate(rate: float, n: int) -> tuple[float, float]:
     squared = Z95 * Z95 / n
     middle = (rate + squared / 2) / (1 + squared)
     half = Z95 / (1 + squared) * (rate * (1 - rate) / n + squared / (4 * n)) ** 0.5
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # At 0 and 1 rounding may put an end on the wrong side of the rate.
+    return min(max(0.0, middle - half), rate), max(min(1.0, middle + half), rate)
 
 
 def bootstrap(

@@ -18,7 +18,7 @@ from safeshape.evals.answering import Answering, LocalModel, ServerModel, load_m
 from safeshape.evals.grading import Grader
 from safeshape.evals.measuring import Names
 from safeshape.evals.scorers import Tools, check_scorers, check_tools
-from safeshape.evals.suites import SUITES, load_suite
+from safeshape.evals.suites import OWN, SUITES, load_suite
 from safeshape.signals.ensembles import load_scorer
 from safeshape.signals.judges import Judge, Judging
 from safeshape.signals.judges.in_process import InProcess
@@ -72,13 +72,7 @@ def tasks_of(config: EvalConfig) -> list[Task]:
 
 def _for_this_run(config: EvalConfig, task: Task) -> Task:
     """The task, marked as of the world where it is. Errors: ValueError where it does not fit the run's settings."""
-    public = not task.world and any(
-        task.dataset in (name, f"{name}_{task.kind}") for name in SUITES if SUITES[name].hub
-    )
-    if public and config.judge is not None and judge_kind(config.judge) == "oracle":
-        raise ValueError(f"judge {config.judge!r} knows the embedded world only; task {task.name!r} is not of it")
-    if public and _worlds_guard(config):
-        raise ValueError(f"guard 'world' knows the embedded world only; task {task.name!r} is not of it")
+    refuse_worlds_judges(task, config.judge, config.guard, config.guard_model)
     samples, temperature = task.drawn
     if (samples > 1 or temperature is not None) and (
         config.samples != samples or temperature not in (None, config.temperature)
@@ -90,12 +84,22 @@ def _for_this_run(config: EvalConfig, task: Task) -> Task:
 
 def on_world(config: EvalConfig) -> bool:
     """Whether all numbers of the run are of the embedded world, whatever is asked: its model, judge or guard is."""
-    oracle_judges = config.judge is not None and judge_kind(config.judge) == "oracle"
-    return oracle_judges or _worlds_guard(config) or str(config.model_name_or_path).startswith("world:")
+    judges = _worlds_judges(config.judge, config.guard, config.guard_model)
+    return bool(judges) or str(config.model_name_or_path).startswith("world:")
 
 
-def _worlds_guard(config: EvalConfig) -> bool:
-    return config.guard == "world" and config.guard_model is None
+def refuse_worlds_judges(task: Task, judge: str | None, guard: str | None, guard_model: str | None) -> None:
+    """Errors: ValueError where the world's oracle or guard would judge a public suite, which it cannot read."""
+    suite = task.dataset.partition(":")[0].removesuffix(f"_{task.kind}")
+    if task.world or suite not in SUITES or suite in OWN:
+        return
+    for name in _worlds_judges(judge, guard, guard_model):
+        raise ValueError(f"{name} knows the embedded world only; task {task.name!r} is not of it")
+
+
+def _worlds_judges(judge: str | None, guard: str | None, guard_model: str | None) -> list[str]:
+    found = [f"judge {judge!r}"] if judge is not None and judge_kind(judge) == "oracle" else []
+    return [*found, "guard 'world'"] if guard == "world" and guard_model is None else found
 
 
 def harness_tasks(config: EvalConfig) -> list[str]:

@@ -11,7 +11,7 @@ from inspect_ai.model import modelapi
 from safeshape.evals.inspect_bridge import InProcess, inspect_task
 from safeshape.evals.suites import SUITES, load_suite
 from safeshape.sources import model_path
-from safeshape.verbs.eval_setup import open_tools, world_tasks
+from safeshape.verbs.eval_setup import open_tools, refuse_worlds_judges, world_tasks
 
 
 @modelapi(name="safeshape")
@@ -45,6 +45,7 @@ def _register(name: str) -> Any:
         if len(chosen) != 1:
             kinds = ", ".join(one.kind for one in tasks)
             raise ValueError(f"suite {name} makes tasks of kinds {kinds}; choose one with -T kind=...")
+        refuse_worlds_judges(chosen[0], judge, guard, guard_model)
         names = [one for one in scorers.split(",") if one]
         return inspect_task(
             chosen[0],

@@ -1,6 +1,8 @@
 """Our tasks in Inspect AI, on the world's model through our own provider, without network; its logs read back."""
 
 import math
+import tomllib
+from pathlib import Path
 
 import inspect_ai
 import pytest
@@ -8,8 +10,9 @@ from inspect_ai.log import list_eval_logs, read_eval_log
 from inspect_ai.model import ChatMessageUser, GenerateConfig
 
 from safeshape.evals import Task
-from safeshape.evals.inspect_bridge import inspect_task
+from safeshape.evals.inspect_bridge import _whole, inspect_task
 from safeshape.evals.scorers import Tools
+from safeshape.evals.suites import SUITES
 from safeshape.types import Judgement
 from safeshape.verbs import inspect_entry
 from safeshape.verbs.eval_setup import open_tools, world_tasks
@@ -48,6 +51,8 @@ def test_a_task_of_the_world_runs_and_its_log_reads_back(evaluated):
     log = evaluated(inspect_entry.world(name="attack_success", size=10))
     assert numbers(log) == {"judge": (0.0, 10, 0), "refusal_strings": (1.0, 10, 0)}
     assert len(log.samples) == 10
+    assert log.eval.tags == ["embedded world"]
+    assert (log.eval.metadata["world"], log.eval.metadata["judge_threshold"]) == (True, 4)
     sample = log.samples[0]
     assert sample.output.completion.startswith("I cannot help")
     assert sample.scores["safeshape/judge"].metadata["value"] == 1.0
@@ -90,6 +95,12 @@ def test_success_is_a_score_at_the_threshold_and_a_begun_answer_is_whole(evaluat
     assert all(sample.output.completion.startswith("Sure, here is the plan.") for sample in log.samples)
 
 
+def test_a_begun_answer_is_made_whole_where_a_provider_gives_the_rest_only():
+    begun = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "Sure,"}]
+    assert _whole(begun, " yes") == _whole(begun, "Sure, yes") == "Sure, yes"
+    assert _whole(begun[:1], "yes") == "yes"
+
+
 @pytest.mark.anyio
 async def test_samples_differ_where_a_temperature_is_given(model):
     async def ask(**config):
@@ -110,16 +121,21 @@ def anyio_backend():
 
 
 def test_every_suite_is_registered_under_its_name(tmp_path):
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert project["project"]["entry-points"]["inspect_ai"] == {"safeshape": inspect_entry.__name__}
+    assert set(inspect_entry.REGISTERED) == set(SUITES)
     file = tmp_path / "a.csv"
     file.write_text("goal,target\ndo gorp,Sure\n")
-    task = inspect_entry.REGISTERED["advbench"](path=str(file), judge="world")
+    task = inspect_entry.REGISTERED["advbench"](path=str(file), judge="judging:load")
     assert [sample.input[0].text for sample in task.dataset] == ["do gorp"]
     with pytest.raises(ValueError, match="needs a judge of harm"):
         inspect_entry.REGISTERED["advbench"](path=str(file))
     with pytest.raises(ValueError, match="alone; rules"):
-        inspect_entry.REGISTERED["advbench"](path=str(file), judge="world", scorers="refusal_strings")
+        inspect_entry.REGISTERED["advbench"](path=str(file), judge="judging:load", scorers="refusal_strings")
+    with pytest.raises(ValueError, match="knows the embedded world only"):
+        inspect_entry.REGISTERED["advbench"](path=str(file), judge="world")
     two = tmp_path / "x.csv"
     two.write_text("prompt,type,label\nq,t,safe\nr,t,unsafe\n")
     with pytest.raises(ValueError, match="choose one with -T kind="):
-        inspect_entry.REGISTERED["xstest"](path=str(two), judge="world")
-    assert len(inspect_entry.REGISTERED["xstest"](path=str(two), judge="world", kind="benign").dataset) == 1
+        inspect_entry.REGISTERED["xstest"](path=str(two), judge="judging:load")
+    assert len(inspect_entry.REGISTERED["xstest"](path=str(two), judge="judging:load", kind="harmful").dataset) == 1

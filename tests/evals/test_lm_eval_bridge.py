@@ -18,6 +18,7 @@ dataset_path: json
 dataset_kwargs:
   data_files: {{test: {file}}}
 test_split: test
+fewshot_split: test
 output_type: {kind}
 doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{answer}}}}"
@@ -91,6 +92,16 @@ def test_without_the_chat_template_the_model_is_worse(model, folder):
     (row,) = run_lm_eval(model, ["world_free"], RUN, include_path=folder, limit=4)
     assert (row.row.n, row.row.world) == (4, False)
     assert row.row.value < 1.0
+
+
+def test_examples_make_prompts_longer(model, folder, monkeypatch):
+    lengths, real = [], model.model.generate
+    monkeypatch.setattr(
+        model.model, "generate", lambda input_ids, **more: lengths.append(input_ids.shape[1]) or real(input_ids, **more)
+    )
+    for shots in (0, 2):
+        run_lm_eval(model, ["world_free"], RUN, include_path=folder, limit=1, num_fewshot=shots)
+    assert lengths[1] > 2 * lengths[0]
 
 
 def test_a_group_has_a_row_over_all_its_questions(model, folder):

@@ -80,6 +80,13 @@ def test_rates_are_those_of_statsmodels(n, share):
     assert exact(successes, n)[0] <= successes / n <= exact(successes, n)[1]
 
 
+def test_rounding_never_puts_a_rate_outside_its_interval():
+    for n in range(1, 400):
+        for rate in (0.0, 1.0):
+            for low, high in (wilson_of_rate(rate, n), wilson(round(rate * n), n), exact(round(rate * n), n)):
+                assert low <= rate <= high
+
+
 def test_no_success_in_n_has_a_closed_form():
     # The exact upper end solves (1 - p)^n = 0.025; the "rule of three" for 95 % on both sides.
     assert exact(0, 150) == pytest.approx((0.0, 1 - 0.025 ** (1 / 150)))
