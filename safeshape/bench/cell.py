@@ -104,6 +104,8 @@ def asked(
     requests = prompts(size=given["prompts"])
     attempts = run_prompts(prompt_attack(attack, parameters), requests, seed=cell.seed)
     successes, severities, answers = [], [], []
+    if any(oracle.harmful(one.prefill) for several in attempts for one in several):
+        raise ValueError(f"asked: {name}: what is prefilled is harmful by itself, whatever the model adds; lower k")
     flat = [(place, one) for place, several in enumerate(attempts) for one in several for _ in range(one.samples)]
     texts_of = _answers(flat, found, cell.seed)
     for place, request in enumerate(requests):
