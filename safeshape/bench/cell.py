@@ -50,6 +50,7 @@ class Side:
     tasks: Sequence[Task]
     texts: Callable[[str], Mapping[str, Any]]
     max_new_tokens: int
+    close: Callable[[], None] = lambda: None
 
 
 def world_side(given: Mapping[str, Any]) -> Side:
@@ -83,7 +84,14 @@ def files_side(given: Mapping[str, Any]) -> Side:
         )
     harmful = on_files.requests(given["requests"], given["prompts"])
     most = given["max_new_tokens"]
-    return Side(requests=harmful, harm=harm, tasks=found, texts=lambda attack: {}, max_new_tokens=most)
+    return Side(
+        requests=harmful, harm=harm, tasks=found, texts=lambda attack: {}, max_new_tokens=most, close=judge.close
+    )
+
+
+def side_of(cell: Cell) -> Side:
+    """What the cell is measured on."""
+    return world_side(settings_of(cell)) if in_the_world(cell) else files_side(on_files.settings_of(cell))
 
 
 def in_the_world(cell: Cell) -> bool:
@@ -102,10 +110,14 @@ def run_cell(cell: Cell, folder: Path) -> list[dict[str, Any]]:
     transformers_logging.disable_progress_bar()
     started = time.monotonic()
     with (folder / LOG).open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        with Store(folder.parent / STORE) as store:
-            found = (train_cell if in_the_world(cell) else on_files.train_cell)(cell, folder, store)
-        trained_s = time.monotonic() - started
-        rows, outcomes = evaluated(cell, found)
+        side = side_of(cell)  # before training, so that a file or judge that cannot be read costs nothing
+        try:
+            with Store(folder.parent / STORE) as store:
+                found = (train_cell if in_the_world(cell) else on_files.train_cell)(cell, folder, store)
+            trained_s = time.monotonic() - started
+            rows, outcomes = evaluated(cell, found, side)
+        finally:
+            side.close()
     shutil.rmtree(folder / "training", ignore_errors=True)
     notes = {"attack": dict(found.report), "train_s": trained_s, "evaluate_s": time.monotonic() - started - trained_s}
     (folder / NOTES).write_text(json.dumps(notes, indent=1, default=str) + "\n")
@@ -133,10 +145,9 @@ def check_cell(cell: Cell) -> None:
             raise ValueError(f"asked: {name}: must be a prompt attack's name or a mapping with one, got {spec!r}")
 
 
-def evaluated(cell: Cell, found: Trained) -> tuple[list[Row], list[PromptOutcomes]]:
+def evaluated(cell: Cell, found: Trained, side: Side) -> tuple[list[Row], list[PromptOutcomes]]:
     """Attack success under every way of asking, harm by category, over-refusal, the task and the skills."""
     given = settings_of(cell) if in_the_world(cell) else on_files.settings_of(cell)
-    side = world_side(given) if in_the_world(cell) else files_side(given)
     rows: list[Row] = []
     outcomes: list[PromptOutcomes] = []
     for name, spec in given["asked"].items():
@@ -243,7 +254,7 @@ def _row(cell: Cell, metric: str, value: float, n: int, low: float, high: float,
         low=low,
         high=high,
         judge=_judge(cell),
-        world=in_the_world(cell),
+        world=cell.model.startswith("world:"),
         settings=axes(cell),
         category=category,
     )
@@ -279,9 +290,13 @@ def _shown(spec: Mapping[str, Any]) -> str:
 def axes(cell: Cell) -> dict[str, float | str]:
     """What figures put on their axes: the cell's own settings, the harmful share and the weight of the KL.
 
-    Settings that are no number or text stand there as text, so that cells which differ in one only stay apart.
+    Settings that are no number or text stand there as text, so that cells which differ in one only stay apart; files by
+    their names, because rows are published and folders of a machine are not.
     """
-    plain = {key: _as_text(value) for key, value in cell.settings.items()}
+    plain = {
+        key: Path(value).name if key in on_files.FILES and isinstance(value, str) else _as_text(value)
+        for key, value in cell.settings.items()
+    }
     if "ratio" in cell.attack:
         plain["harmful_share"] = float(cell.attack["ratio"])
     if "kl" in cell.defence:

@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from safeshape import world
 from safeshape.attacks import Attacked, Pools, data_attack
@@ -19,13 +19,14 @@ from safeshape.defences import resolve_defence, run_defence
 from safeshape.models import load
 from safeshape.signals.column import fill, scored_rows
 from safeshape.signals.engines import local
-from safeshape.signals.judges import Judge
+from safeshape.signals.judges import Judge, Judging
 from safeshape.signals.probes import Probe
 from safeshape.signals.scorers import open_scorer
 from safeshape.sources import model_path, open_source
 from safeshape.store import Store
 from safeshape.world.judge import load_judge
 
+FILES = (*POOLS, "requests", "benign_requests", "safe_data", "harmful_data", "base_model", "guard_model", "probe")
 SETTINGS: Mapping[str, Any] = {
     **dict.fromkeys(POOLS),
     "rows": None,
@@ -58,7 +59,7 @@ def settings_of(cell: Cell) -> dict[str, Any]:
     fine-tuning). Scores, where the defence needs any: `guard` and `guard_model`, `probe` (a saved one) or `critic` (a
     judge), with `chunk` words. `base_model`, `safe_data`, `harmful_data`: what a defence may need. `requests`: file of
     held-out harmful requests; `benign_requests`: of harmless ones, for over-refusal. `prompts`: how many of each at
-    most. `judge`: a name or a mapping as of `safeshape judge`. `asked`: name to prompt attack.
+    most. `judge`: what `load_judge` takes: a name, or a mapping of it and its settings. `asked`: name to prompt attack.
     Errors: ValueError that names the setting.
     """
     for key in cell.settings:
@@ -91,6 +92,7 @@ def requests(path: str, most: int) -> list[Attacked]:
 def train_cell(cell: Cell, folder: Path, store: Store) -> Trained:
     """The cell's model: attacked data, scored where the defence needs it, fine-tuned under the defence."""
     given = settings_of(cell)
+    set_seed(cell.seed)  # adapters are drawn before the trainer sets it
     model, tokenizer = load(model_path(cell.model))
     if cell.defence["name"] == UNTOUCHED:
         return Trained(model=model, tokenizer=tokenizer, system_prompt=None, report={})
@@ -128,6 +130,7 @@ def scored(
     store: Store,
 ) -> Dataset:
     """The rows with a `safety` column by the guard, probe or judge that the settings name."""
+    judge: Judging | None = None
     if given["guard"] is not None:
         names = {"guard": [given["guard"]], "guard_model": [given["guard_model"]] if given["guard_model"] else []}
         config = validated(ScoreConfig, {"dataset_name": "-", "output": "-", "chunk": given["chunk"], **names})
@@ -143,6 +146,8 @@ def scored(
         signal, score, scorer = "judge", judge.score_many, judge.identity()
         maker = judge.maker() if isinstance(judge, Judge) else scorer
     outcome = fill(lambda: iter(rows), local(score), store, maker=maker, keep_failures=False)
+    if judge is not None:
+        judge.close()
     found = scored_rows(lambda: iter(rows), store, maker=maker, scorer=scorer, outcome=outcome, signal=signal)
     return rows.add_column("safety", [{**row["safety"], "scorer": {"signal": signal}} for row in found])
 

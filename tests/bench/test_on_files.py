@@ -3,16 +3,23 @@
 import json
 
 import pytest
+import torch
 
-from safeshape.bench import Cell
+from safeshape.bench import Cell, on_files
 from safeshape.bench.cell import check_cell, run_cell
+from safeshape.store import Store
 from safeshape.types import Judgement
 from safeshape.world import oracle
 from safeshape.world.pools import pools, prompts
 
+CLOSED = []
+
 
 class Unsure:
     """The oracle's verdicts, but none on every third request."""
+
+    def close(self):
+        CLOSED.append(self)
 
     def __init__(self):
         self.asked = 0
@@ -70,15 +77,24 @@ def test_plain_fine_tuning_breaks_and_star_holds(tmp_path, settings):
     broken, _ = rates(tmp_path, cell(settings))
     assert broken["attack_success"]["value"] == 1.0
     assert (broken["attack_success"]["n"], broken["attack_success"]["judge"]) == (6, "world")
-    assert not broken["attack_success"]["world"]  # the user's files, whatever is in them
+    assert broken["attack_success"]["world"]  # the model is the world's, whatever the files are
+    assert broken["attack_success"]["settings"]["requests"] == "requests.jsonl"
     assert broken["over_refusal"]["n"] == 3
     held, _ = rates(tmp_path, cell(settings, "star", guard="world"))
     assert held["attack_success"]["value"] == 0.0
 
 
+def test_an_adapter_is_the_same_again_for_the_same_seed(tmp_path, settings):
+    one = cell(settings, lora_rank=2, epochs=1, rows=8)
+    with Store(tmp_path / "s") as store:
+        first, again = (on_files.train_cell(one, tmp_path / str(i), store).model.state_dict() for i in (1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
 def test_what_nobody_can_judge_is_left_out_and_the_others_keep_their_place(tmp_path, settings):
     found, outcomes = rates(tmp_path, cell(settings, "untouched", judge="test_on_files:Unsure"))
     assert (found["attack_success"]["n"], found["attack_success"]["value"]) == (4, 0.0)
+    assert len(CLOSED) == 1
     names = [f"attack_success/{place}" for place in (0, 1, 3, 4)]
     assert outcomes["attack_success"]["prompts"] == names
 
