@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from safeshape import world
@@ -82,7 +82,6 @@ def settings_of(cell: Cell) -> dict[str, Any]:
 def train_cell(cell: Cell, folder: Path, store: Store) -> Trained:
     """The cell's model: attacked data, scored where the defence needs it, fine-tuned under the defence."""
     given = settings_of(cell)
-    set_seed(cell.seed)  # adapters are drawn before the trainer sets it
     model, tokenizer = load(world.path(cell.model.removeprefix("world:")))
     if cell.defence["name"] == UNTOUCHED:
         return Trained(model=model, tokenizer=tokenizer, system_prompt=None, report={})

@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safeshape import world
 from safeshape.attacks import Attacked, Pools, data_attack
@@ -92,7 +92,6 @@ def requests(path: str, most: int) -> list[Attacked]:
 def train_cell(cell: Cell, folder: Path, store: Store) -> Trained:
     """The cell's model: attacked data, scored where the defence needs it, fine-tuned under the defence."""
     given = settings_of(cell)
-    set_seed(cell.seed)  # adapters are drawn before the trainer sets it
     model, tokenizer = load(model_path(cell.model))
     if cell.defence["name"] == UNTOUCHED:
         return Trained(model=model, tokenizer=tokenizer, system_prompt=None, report={})
