@@ -94,7 +94,7 @@ def train_cell(cell: Cell, folder: Path, store: Store) -> Trained:
         defence,
         model,
         tokenizer,
-        training(cell, given, folder),
+        fine_tuning(given, cell.seed, folder),
         train_dataset=rows,
         peft_config=LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear") if lora else None,
         **needed(defence, cell, given),
@@ -181,7 +181,7 @@ def needed(defence: Defence, cell: Cell, given: Mapping[str, Any]) -> dict[str, 
     return found
 
 
-def training(cell: Cell, given: Mapping[str, Any], folder: Path) -> SFTConfig:
+def fine_tuning(given: Mapping[str, Any], seed: int, folder: Path) -> SFTConfig:
     """The settings of the fine-tuning run, the same for every defence."""
     return SFTConfig(
         output_dir=str(folder / "training"),
@@ -189,7 +189,7 @@ def training(cell: Cell, given: Mapping[str, Any], folder: Path) -> SFTConfig:
         per_device_train_batch_size=given["batch_size"],
         learning_rate=given["learning_rate"],
         lr_scheduler_type="cosine",
-        seed=cell.seed,
+        seed=seed,
         save_strategy="no",
         report_to="none",
         bf16=False,

@@ -11,6 +11,7 @@ from typing import Any
 from safeshape.store import canonical
 
 AXES = ("model", "attack", "defence", "seed")
+_VERSION = version("safeshape")
 Spec = Mapping[str, Any]  # a name and its parameters: {"name": "mixed", "ratio": 0.05}
 
 
@@ -26,7 +27,7 @@ class Cell:
 
     def key(self) -> str:
         """A hash of all that decides the cell's rows, the version of the code included."""
-        content = [self.model, self.attack, self.defence, self.seed, self.settings, version("safeshape")]
+        content = [self.model, self.attack, self.defence, self.seed, self.settings, _VERSION]
         return hashlib.sha256(canonical(content)).hexdigest()
 
     def name(self) -> str:

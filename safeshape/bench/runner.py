@@ -223,6 +223,9 @@ def _on_ray(
             cell = waiting.pop(ready[0])
             try:
                 yield cell, list(ray.get(ready[0]))
+            except ray.exceptions.RayTaskError as error:  # what the cell raised; Ray's own text has the trace
+                error.cause.__cause__ = error
+                yield cell, error.cause
             except ray.exceptions.RayError as error:
                 yield cell, error
     finally:

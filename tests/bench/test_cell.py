@@ -32,6 +32,11 @@ def test_the_untouched_model_refuses_and_a_prefill_opens_it(tmp_path):
     assert sum(outcomes["attack_success (prefill)"]) == round(10 * rates["attack_success (prefill)"])
 
 
+def test_a_prefill_that_is_the_whole_plan_says_nothing_and_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="asked: all: what is prefilled is harmful by itself"):
+        run_cell(cell(prompts=3, asked={"all": "prefill"}), tmp_path)
+
+
 def test_misses_turn_that_share_of_the_attackers_rows_safe_and_keep_the_fewer():
     rows, _ = attacked(cell(), settings_of(cell(rows=200)))
     spans = [{"start": 0, "end": 5, "p_safe": 0.1}]
