@@ -109,16 +109,12 @@ def test_flags_win_over_the_recipe(tmp_path):
     assert config.policy == {"name": "fixed_kl", "beta": 0.1}
 
 
-# Those with experiments are matrices of `safeshape bench`.
-RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if "\nexperiments:" not in path.read_text())
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.name)
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
 def test_recipes_parse(recipe):
     config, args, _ = parse_settings(["--config", str(recipe), "--dataset_name", "d", "--output_dir", "o"])
     assert args.num_train_epochs > 0
     assert config.policy
-    assert len(RECIPES) <= 10
+    assert len(list((ROOT / "recipes").iterdir())) <= 10
 
 
 BAD_FLAGS = [
