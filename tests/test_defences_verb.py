@@ -3,8 +3,8 @@
 import json
 
 import pytest
+import torch
 
-from safeshape import world
 from safeshape.cli import main
 from safeshape.defences import DEFENCES
 from safeshape.world import oracle
@@ -36,18 +36,34 @@ def test_costs_are_read_from_the_file_that_is_given(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "7.25x" in shown
     assert "2000-01-01, abacus, 3 updates a run" in shown
-    assert shown.count("x ") < 10 or "1.00x" not in shown
+    costs = [line.split()[2] for line in shown.splitlines() if line.split() and line.split()[0] in DEFENCES]
+    assert len(costs) == len(DEFENCES)
+    assert costs.count("-") == len(DEFENCES) - 1
 
 
 def test_measuring_writes_what_the_list_reads(tmp_path, capsys):
     path = tmp_path / "costs.json"
-    flags = ["--steps", "3", "--batch_size", "2", "--repeats", "1", "--only", "sft", "safe_grad", "vaccine", "lox"]
+    flags = [
+        "--steps",
+        "3",
+        "--batch_size",
+        "2",
+        "--repeats",
+        "1",
+        "--only",
+        "sft",
+        "safe_grad",
+        "vaccine",
+        "safe_merge",
+    ]
     assert main(["defences", "measure", "--output", str(path), *flags]) == 0
     found = json.loads(path.read_text())
-    assert set(found["costs"]) == {"sft", "safe_grad", "vaccine", "lox"}
+    assert set(found["costs"]) == {"sft", "safe_grad", "vaccine", "safe_merge"}
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["device"].startswith("CPU ") or torch.cuda.is_available()
     assert found["world"] is True
     assert found["costs"]["safe_grad"]["per_step"] > found["costs"]["sft"]["per_step"]
-    assert found["costs"]["lox"]["once"] > 0
+    assert found["costs"]["safe_merge"]["once"] > 1  # it trains the start again, on the safe data
     assert main(["defences", "--costs", str(path)]) == 0
 
 
@@ -82,4 +98,3 @@ def test_the_providers_data_are_what_they_say():
     assert safe_data(size=40, seed=1)["messages"] != safe["messages"]
     marked = scored(user_data(size=40, harmful_share=0.25))
     assert sum(row["safety"]["p_safe"] == 0 for row in marked) == 10
-    assert world.path("llama")

@@ -219,12 +219,12 @@ def rows(costs: Mapping[str, Cost]) -> list[dict[str, Any]]:
 
 def text(table: Sequence[Mapping[str, Any]]) -> str:
     """The table for a terminal; what differs stands below each row."""
-    head = f"{'defence':17}{'stage':13}{'cost':>7}{'+ once':>9}  {'needs':30}source"
+    head = f"{'defence':17}{'stage':13}{'cost':>7}{'+ once':>11}  {'needs':30}source"
     lines = [head]
     for row in table:
         cost = "-" if row["per_step"] is None else f"{row['per_step']:.2f}x"
         once = "" if row["once"] is None or round(row["once"]) == 0 else f"{row['once']:.0f} steps"
-        lines.append(f"{row['name']:17}{row['stage']:13}{cost:>7}{once:>9}  {row['needs']:30}{row['source']}")
+        lines.append(f"{row['name']:17}{row['stage']:13}{cost:>7}{once:>11}  {row['needs']:30}{row['source']}")
         if row["differs"]:
             lines.append(f"{'':17}Differs: {row['differs']}")
     return "\n".join(lines)

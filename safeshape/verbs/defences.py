@@ -10,8 +10,8 @@ from safeshape.config import DefencesConfig, parse
 
 _NOTE = (
     "cost: time of an update over that of plain fine-tuning, in the run that the defence changes (for the stage "
-    "alignment the alignment run);\n+ once: its work outside of that run, in updates of plain fine-tuning; one or two "
-    "are noise. "
+    "alignment the alignment run);\n+ once: its work outside of that run, in updates of plain fine-tuning.\n"
+    "How far sft is from 1 is the noise; so are one or two updates. "
 )
 
 

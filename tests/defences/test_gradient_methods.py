@@ -134,6 +134,19 @@ def test_safe_grads_divergence_is_from_the_start_to_now(temperature, expected):
     assert surgery.divergence(model, inputs, torch.tensor(4)).item() == pytest.approx(expected / 4, rel=1e-5)
 
 
+def test_safe_grads_temperature_is_of_both_models():
+    """The start gives odds of 1 : 9, at temperature 2 of 1 : 3; the model now 1 : 1: KL = ln(1/2)/4 + 3 ln(3/2)/4."""
+    model = Bits()
+    with torch.no_grad():
+        model.table[1, :2] = torch.tensor([0.0, math.log(9)])
+    surgery = Surgery(rho=1.0, temperature=2.0)
+    surgery.start(model, {})
+    with torch.no_grad():
+        model.table[1, :2] = 0.0
+    found = surgery.divergence(model, batch_of(1), torch.tensor(1)).item()
+    assert found == pytest.approx(math.log(1 / 2) / 4 + 3 * math.log(3 / 2) / 4, rel=1e-5)
+
+
 def test_safe_grad_holds_an_adapter_to_the_base(tmp_path, tokenizer):
     """Under an adapter the reference is the base with the adapter off; a strong rho keeps the safe answers closer."""
     drifts = []

@@ -46,6 +46,17 @@ def test_batch_4_equals_4_times_batch_1(tmp_path, tokenizer, name, adapter):
         assert (found[0][1] - parameters(tiny_model())).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("name", ["vaccine", "safe_grad", "bds"])
+def test_checkpointed_activations_change_nothing(tmp_path, tokenizer, name):
+    """TRL's default. Hooks run once more while activations are made again."""
+    found = []
+    for checkpointing in (False, True):
+        settings = {"gradient_checkpointing": checkpointing, "optim": "sgd", "max_steps": 3}
+        ended = defend(tmp_path, tokenizer, {"name": name, **BATCHED[name]}, settings=settings)
+        found.append(parameters(ended.model))
+    assert (found[0] - found[1]).abs().max() < 1e-6
+
+
 def trainer_with(folder, tokenizer, spec, *, settings=None, model=None):
     defence = resolve_defence(spec)
     args = config(folder, **{"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **(settings or {})})
