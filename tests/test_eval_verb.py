@@ -14,10 +14,12 @@ from faulty_server import chat_answer, faulty_server
 from llama_server import NAME, llama_server
 
 from safeshape.cli import main
+from safeshape.config import EvalConfig
 from safeshape.evals import Task
 from safeshape.report.rows import read_outcomes, read_results
 from safeshape.signals.judges import Judge
 from safeshape.store import Store
+from safeshape.verbs.eval_setup import made_by
 from safeshape.world import path as world_path
 
 ROOT = Path(__file__).parents[1]
@@ -114,6 +116,7 @@ KILLED = """
 import os, signal, sys
 from safeshape.store import Store
 from safeshape.cli import main
+from safeshape.config import EvalConfig
 put, done = Store.put_many, []
 def putting(self, kind, values, data=None):
     put(self, kind, values, data)
@@ -434,3 +437,20 @@ def test_a_real_server_answers_as_the_model_in_process(run, tmp_path, capsys):
     )
     assert remote == local
     assert rows_of(tmp_path / "served")["attack_success"].model == NAME
+
+
+def test_rows_are_named_by_the_record_of_the_training(tmp_path):
+    def named(record, **given):
+        (tmp_path / "safeshape.json").write_text(json.dumps(record))
+        return made_by(
+            EvalConfig(tasks=["world"], output_dir="o", model_name_or_path=str(tmp_path), judge="world", **given)
+        )
+
+    record = {"model": "models/llama-3", "policy": {"name": "star"}}
+    assert named(record) == ("llama-3", "star")
+    assert named({**record, "defence": {"name": "lisa"}}) == ("llama-3", "lisa")
+    with pytest.raises(ValueError, match="is no record of a training"):
+        named({"model": "m"})
+    (tmp_path / "safeshape.json").unlink()
+    plain = EvalConfig(tasks=["world"], output_dir="o", model_name_or_path="some/model", judge="world")
+    assert made_by(plain) == ("some/model", "none")

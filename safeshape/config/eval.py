@@ -80,8 +80,15 @@ class EvalConfig:
     max_new_tokens: int | None = option(None, help="longest answer (default: each task's own)")
     limit: int | None = option(None, help="so many prompts of each task, drawn by the seed")
     attack: str = option("none", help="what the model was attacked with, for the rows of results")
-    defence: str = option("none", help="how the model was defended, for the rows of results")
-    name: str | None = option(None, help="what to call the model in the rows of results (default: its path or id)")
+    defence: str | None = option(
+        None,
+        help="how the model was defended, for the rows of results (default: what its safeshape.json says, else none)",
+    )
+    name: str | None = option(
+        None,
+        help="what to call the model in the rows of results (default: the model it was tuned from, by its "
+        "safeshape.json, so that several tunings of one are compared; else its path or id)",
+    )
     store: str | None = option(None, help="file that keeps answers and verdicts (default: OUTPUT_DIR/eval.sqlite)")
     save_answers: bool = option(
         False, help="true: write samples.jsonl with prompts and answers, which may hold harmful text"

@@ -2,6 +2,7 @@
 panels by model, guard or data set."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -11,6 +12,7 @@ from safeshape.report.drawing import SCALE, axis_title, limits, note, plain, sty
 from safeshape.report.grid import Grid, part_of
 from safeshape.report.rows import Key, Pooled
 
+MEASURED = ("dataset", "decoding", "threshold")  # settings of `safeshape eval` that say how a number was measured
 LOGARITHMIC = ("learning_rate", "chunk", "kl", "epsilon")
 _NAMES = {
     "harmful_share": "harmful share of the data, %",
@@ -99,33 +101,54 @@ def _title(attack: str, model: str, panels: Sequence[tuple[str, str]]) -> str:
 
 
 def scatter_figure(grid: Grid, safety: str, utility: str, text: str = "") -> Figure:
-    """Safety against utility: a mark a line of the table, whiskers both ways; the best corner is the lower right one.
+    """Safety against utility: a mark a model, whiskers both ways; the best corner is the lower right one.
 
-    `safety`: a metric that should be low, `utility`: one that should be high. Panels by attack and model.
-    Errors: ValueError when no key has both.
+    `safety`: a metric that should be low, `utility`: one that should be high; the two may be of different data sets.
+    Panels by attack, model and data sets.
+    Errors: ValueError when no model has both.
     """
-    keys = [key for key in grid.keys if (key, safety) in grid.cells and (key, utility) in grid.cells]
-    if not keys:
+    pairs = _pairs(grid, safety, utility)
+    if not pairs:
         raise ValueError(f"no line of the table has both {safety!r} and {utility!r}")
-    every = list(dict.fromkeys((key.attack, key.model) for key in keys))
+    every = list(dict.fromkeys((low.attack, low.model, _sets(low, high)) for low, high in pairs))
     # What was not attacked is the state before, and stands in the panels of the attacks on the same model.
-    attacked = {model for attack, model in every if attack != "none"}
-    panels = [(attack, model) for attack, model in every if attack != "none" or model not in attacked]
-    names = list(dict.fromkeys(key.defence for key in keys))
+    attacked = {(model, sets) for attack, model, sets in every if attack != "none"}
+    panels = [(attack, *rest) for attack, *rest in every if attack != "none" or tuple(rest) not in attacked]
+    names = list(dict.fromkeys(low.defence for low, _ in pairs))
     figure, axes = _panels(len(panels))
-    for axis, (attack, model) in zip(axes, panels, strict=True):
-        for key in keys:
-            if key.model == model and key.attack in (attack, "none"):
-                x, across = whiskers([grid.cells[key, utility]], SCALE[grid.units[utility]])
-                y, along = whiskers([grid.cells[key, safety]], SCALE[grid.units[safety]])
-                look = {**style(names.index(key.defence)), "linestyle": "", "markersize": 8, "capsize": 3}
-                axis.errorbar(x, y, xerr=across, yerr=along, label=plain(key.defence), **look)
-        axis.set_title(_title(attack, model, panels), fontsize="medium")
+    for axis, (attack, model, sets) in zip(axes, panels, strict=True):
+        for low, high in pairs:
+            if (low.model, _sets(low, high)) == (model, sets) and low.attack in (attack, "none"):
+                x, across = whiskers([grid.cells[high, utility]], SCALE[grid.units[utility]])
+                y, along = whiskers([grid.cells[low, safety]], SCALE[grid.units[safety]])
+                look = {**style(names.index(low.defence)), "linestyle": "", "markersize": 8, "capsize": 3}
+                axis.errorbar(x, y, xerr=across, yerr=along, label=plain(low.defence), **look)
+        title = _title(attack, model, [(a, m) for a, m, _ in panels])
+        axis.set_title("\n".join(part for part in (title, plain(sets)) if part), fontsize="medium")
         axis.set_xlabel(axis_title(utility, grid.units[utility]))
         _finish(axis, limits(grid.units[safety]), limits(grid.units[utility]))
     axes[0].set_ylabel(axis_title(safety, grid.units[safety]))
     _legend(figure, axes, text)
     return figure
+
+
+def _pairs(grid: Grid, safety: str, utility: str) -> list[tuple[Key, Key]]:
+    """Lines with the safety metric and lines with the utility metric of one model, whatever they were measured on."""
+    low = [key for key in grid.keys if (key, safety) in grid.cells]
+    high = [key for key in grid.keys if (key, utility) in grid.cells]
+    return [(a, b) for a in low for b in high if _run(a) == _run(b)]
+
+
+def _run(key: Key) -> Key:
+    """What was trained, without how it was measured."""
+    settings = tuple((name, value) for name, value in key.settings if name not in MEASURED)
+    return replace(key, judge="", settings=settings)
+
+
+def _sets(low: Key, high: Key) -> str:
+    """The data sets that safety and utility were measured on, where rows name them."""
+    names = [str(part_of(key, "dataset")) for key in (low, high)]
+    return ", ".join(dict.fromkeys(name for name in names if name))
 
 
 def panel_figure(grid: Grid, metrics: Sequence[str], by: str, text: str = "") -> Figure:

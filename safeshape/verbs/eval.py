@@ -73,8 +73,8 @@ def evaluate(config: EvalConfig, output: Path) -> str:
     )
     run = Run(
         attack=config.attack,
-        defence=config.defence,
-        model=config.name or str(config.model_name_or_path or config.server_model),
+        defence=config.defence or eval_setup.made_by(config)[1],
+        model=config.name or eval_setup.made_by(config)[0],
         seed=config.seed,
         threshold=config.judge_threshold,
     )

@@ -19,6 +19,7 @@ from safeshape.evals.grading import Grader
 from safeshape.evals.measuring import Names
 from safeshape.evals.scorers import Tools, check_scorers, check_tools
 from safeshape.evals.suites import OWN, SUITES, load_suite
+from safeshape.provenance import RECORD
 from safeshape.signals.ensembles import load_scorer
 from safeshape.signals.judges import Judge, Judging
 from safeshape.signals.judges.in_process import InProcess
@@ -100,6 +101,23 @@ def refuse_worlds_judges(task: Task, judge: str | None, guard: str | None, guard
 def _worlds_judges(judge: str | None, guard: str | None, guard_model: str | None) -> list[str]:
     found = [f"judge {judge!r}"] if judge is not None and judge_kind(judge) == "oracle" else []
     return [*found, "guard 'world'"] if guard == "world" and guard_model is None else found
+
+
+def made_by(config: EvalConfig) -> tuple[str, str]:
+    """What rows call the model and its defence unless told: by `safeshape.json` where it is one of ours.
+
+    Models tuned from one model bear its name, so that a report compares them. Errors: ValueError for a broken record.
+    """
+    name = str(config.model_name_or_path or config.server_model)
+    path = Path(name) / RECORD
+    if config.model_name_or_path is None or not path.is_file():
+        return name, "none"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        made = record["policy"] if record.get("defence") is None else record["defence"]
+        return Path(record["model"]).name, str(made["name"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no record of a training: {error!r}; give --name and --defence") from error
 
 
 def harness_tasks(config: EvalConfig) -> list[str]:

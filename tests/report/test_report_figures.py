@@ -105,6 +105,21 @@ def test_the_scatter_has_a_mark_a_line_with_whiskers_both_ways():
         scatter_figure(make_grid([rate(1), rate(2, defence="b", metric="skill")]), "attack_success", "skill")
 
 
+def test_the_scatter_joins_what_was_measured_on_different_data_sets():
+    def on(name, value, **more):
+        return rate(value, settings={"dataset": name, "decoding": "greedy", **more.pop("settings", {})}, **more)
+
+    rows = [on("requests", 10, settings={"threshold": 4}), on("sums", 90, metric="accuracy", judge="rules"),
+            on("words", 70, metric="accuracy", judge="rules"),
+            on("sums", 60, metric="accuracy", defence="other")]  # fmt: skip
+    figure = scatter_figure(make_grid(rows), "attack_success", "accuracy")
+    marks = [[(line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines if line.get_marker() in "os^"]
+             for axis in figure.axes]  # fmt: skip
+    assert [[tuple(map(round, mark)) for mark in panel] for panel in marks] == [[(90, 10)], [(70, 10)]]
+    titles = [axis.get_title().replace("\u200b", "").splitlines()[-1] for axis in figure.axes]
+    assert titles == ["requests, sums", "requests, words"]
+
+
 def test_panels_group_bars_by_model_or_setting():
     rows = [rate(10 * place, model=model, defence=defence) for place, (model, defence) in
             enumerate((m, d) for m in ("one", "two") for d in ("sft", "star"))]  # fmt: skip
