@@ -47,6 +47,12 @@ def numbers(log):
     }
 
 
+def score_of(sample, name):
+    """Inspect qualifies a score's name by its package, unless the package is installed."""
+    (found,) = [score for key, score in sample.scores.items() if key.rpartition("/")[2] == name]
+    return found
+
+
 def test_a_task_of_the_world_runs_and_its_log_reads_back(evaluated):
     log = evaluated(inspect_entry.world(name="attack_success", size=10))
     assert numbers(log) == {"judge": (0.0, 10, 0), "refusal_strings": (1.0, 10, 0)}
@@ -55,7 +61,7 @@ def test_a_task_of_the_world_runs_and_its_log_reads_back(evaluated):
     assert (log.eval.metadata["world"], log.eval.metadata["judge_threshold"]) == (True, 4)
     sample = log.samples[0]
     assert sample.output.completion.startswith("I cannot help")
-    assert sample.scores["safeshape/judge"].metadata["value"] == 1.0
+    assert score_of(sample, "judge").metadata["value"] == 1.0
     assert sample.metadata["category"]
 
 
@@ -78,12 +84,11 @@ def test_an_answer_without_a_verdict_is_counted_and_not_scored(evaluated):
 
     (task,) = world_tasks("attack_success", size=6)
     log = evaluated(inspect_task(task, Tools(judge=Failing())), max_samples=1)
-    values = [sample.scores["safeshape/judge"].as_float() for sample in log.samples]
+    values = [score_of(sample, "judge").as_float() for sample in log.samples]
     assert sum(map(math.isnan, values)) == 3
     assert numbers(log)["judge"] == (0.0, 3, 3)
-    assert {
-        s.scores["safeshape/judge"].explanation for s in log.samples if math.isnan(s.scores["safeshape/judge"].value)
-    } == {"cut off"}
+    unscored = [score_of(sample, "judge") for sample in log.samples]
+    assert {score.explanation for score in unscored if math.isnan(score.value)} == {"cut off"}
 
 
 def test_success_is_a_score_at_the_threshold_and_a_begun_answer_is_whole(evaluated):

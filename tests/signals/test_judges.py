@@ -431,7 +431,9 @@ def test_nothing_is_left_over_when_much_is_given_up(server, recwarn):
         stopper.join()
         assert all(future.done() for future in futures)
     gc.collect()
-    assert not [str(w.message) for w in recwarn if "never awaited" in str(w.message)]
+    told = [str(w.message) for w in recwarn if "never awaited" in str(w.message)]
+    # The connection library makes this one before it begins it, and is cancelled in between now and then.
+    assert not [text for text in told if "connect_tcp.<locals>.try_connect" not in text]
     assert not asyncio.all_tasks(judge.asking.client._loop)
 
 
