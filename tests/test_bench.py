@@ -18,6 +18,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", sorted(RUNS))
 def test_a_bench_runs(tmp_path, script):
     done = subprocess.run(
