@@ -4,9 +4,11 @@ A row is `messages` (a conversation), or `prompt` and `completion` (two strings,
 Shape suffixes: B rows, L tokens of the padded batch.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,6 +74,24 @@ def _checked(messages: Sequence[Message]) -> list[Message]:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
             raise ValueError(f"message {index} needs a role and content")
     return list(messages)
+
+
+def json_lines(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line of a JSONL file with the object in it; blank lines are passed over.
+
+    Errors: ValueError that names the file and the line.
+    """
+    with Path(name).open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{name}: line {number} is not valid JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{name}: line {number} is not a JSON object")
+            yield line, row
 
 
 def answer_of(row: Mapping[str, Any]) -> str:

@@ -13,6 +13,8 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError
 from pyarrow import ArrowInvalid, parquet
 
+from safeshape.data import json_lines
+
 Row = Mapping[str, Any]
 _FIELD = 1 << 24  # characters in a cell; HarmBench's contexts are longer than the library's own bound
 
@@ -80,7 +82,7 @@ def _rows(path: Path) -> list[Row]:
                 rows.append(row)
             return rows
     if path.suffix == ".jsonl":
-        return _lines(path)
+        return [row for _, row in json_lines(str(path))]
     if path.suffix == ".json":
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
@@ -90,22 +92,6 @@ def _rows(path: Path) -> list[Row]:
         found: list[Row] = parquet.read_table(path).to_pylist()
         return found
     raise ValueError(f"{path}: unknown kind of file; known: .csv, .json, .jsonl, .parquet")
-
-
-def _lines(path: Path) -> list[Row]:
-    rows: list[Row] = []
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: line {number} is not valid JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}: line {number} is not a JSON object")
-            rows.append(row)
-    return rows
 
 
 def read_headerless(path: Path, columns: Sequence[str]) -> Found:

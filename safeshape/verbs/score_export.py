@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> str:
 
 def _lines(name: str, output: Path, wanted: Filter) -> Counter[str]:
     """JSON lines to JSON lines, one by one; a line that is not cut is written as it was read."""
-    from safeshape.verbs.scored_rows import json_lines
+    from safeshape.data import json_lines
 
     found: Counter[str] = Counter()
     partial = output.with_name(output.name + ".partial")

@@ -18,6 +18,8 @@ def scored_rows(name: str, split: str = "train") -> Iterator[dict[str, Any]]:
 
         yield from read_dataset(name, split)
         return
+    from safeshape.data import json_lines
+
     for _, row in json_lines(name):
         yield row
 
@@ -25,21 +27,6 @@ def scored_rows(name: str, split: str = "train") -> Iterator[dict[str, Any]]:
 def is_json_lines(name: str) -> bool:
     """Whether the dataset is a file of JSON lines."""
     return Path(name).suffix == ".jsonl" and Path(name).is_file()
-
-
-def json_lines(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line of a JSONL file with the object in it; blank lines are passed over."""
-    with Path(name).open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{name}: line {number} is not valid JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{name}: line {number} is not a JSON object")
-            yield line, row
 
 
 def rows_sha256(rows: Iterable[dict[str, Any]]) -> str:
