@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from safeshape.config import ReportConfig
 from safeshape.provenance import versions
 from safeshape.report.card import JUDGE_METRICS, README, make_card, with_section, write_card
-from safeshape.report.curves import curve_figure, panel_figure, scatter_figure, varying
+from safeshape.report.curves import curve_figure, panel_figures, scatter_figures, varying
 from safeshape.report.drawing import save
 from safeshape.report.grid import Grid, make_grid, part_of
 from safeshape.report.page import Side, write_page
+from safeshape.report.places import UNATTACKED, before, named, place_of, told_apart
 from safeshape.report.radar import radar_figure
 from safeshape.report.rows import OUTCOMES, PromptOutcomes, find, key_of, read_outcomes, read_results
 from safeshape.report.tables import WORLD_NOTE
@@ -23,6 +24,7 @@ from safeshape.report.texts import as_json, csv_text, latex, markdown
 from safeshape.types import Row
 
 PANELS = ("model", "guard", "dataset")
+Drawn = Figure | list[Figure] | dict[str, Figure]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,26 +51,36 @@ def figures_of(rows: Sequence[Row], grid: Grid, config: ReportConfig) -> tuple[d
     safety = [metric for metric in config.safety if metric in grid.metrics]
     utility = [metric for metric in config.utility if metric in grid.metrics]
     shown = list(dict.fromkeys([*safety, *utility]))
-    drawings: dict[str, Callable[[], Figure]] = {}
+    drawings: dict[str, Callable[[], Drawn]] = {}
     for metric, about, chosen in _radars(rows):
-        drawings[f"{metric} by category{about}"] = partial(radar_figure, chosen, metric, text)
+        drawings[f"{metric} by category{f', {about}' if about else ''}"] = partial(radar_figure, chosen, metric, text)
     for setting in varying(grid):
         for metric in safety:
             drawings[f"{metric} against {setting}"] = partial(curve_figure, grid, metric, setting, text=text)
     for metric in safety:
         for other in utility:
-            drawings[f"{metric} against {other}"] = partial(scatter_figure, grid, metric, other, text)
+            drawings[f"{metric} against {other}"] = partial(scatter_figures, grid, metric, other, text)
     for by in PANELS:
         if shown and len({part_of(key, by) for key in grid.keys} - {""}) > 1:
-            drawings[f"{' and '.join(shown)} by {by}"] = partial(panel_figure, grid, shown, by, text)
+            drawings[f"{' and '.join(shown)} by {by}"] = partial(panel_figures, grid, shown, by, text)
     found: dict[str, Figure] = {}
     skipped: list[str] = []
     for name, draw in drawings.items():
         try:
-            found[name] = draw()
+            found |= _each(name, draw())
         except ValueError as error:  # rows may allow a table without allowing every figure
             skipped.append(f"Not drawn: {name}, because {error}")
     return found, skipped
+
+
+def _each(name: str, drawn: Drawn) -> dict[str, Figure]:
+    """Figures by what each of them shows."""
+    if isinstance(drawn, Figure):
+        return {name: drawn}
+    if isinstance(drawn, dict):
+        return {f"{name}, {about}" if len(drawn) > 1 else name: figure for about, figure in drawn.items()}
+    pages = [f"{name}, {place} of {len(drawn)}" if len(drawn) > 1 else name for place in range(1, len(drawn) + 1)]
+    return dict(zip(pages, drawn, strict=True))
 
 
 def _radars(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
@@ -82,18 +94,20 @@ def _radars(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
         chosen = [row for row in rows if row.metric == metric]
         if len({row.category for row in chosen}) < 3:
             continue
-        places = {replace(key_of(row), defence=""): row for row in chosen}
-        attacked = [place for place in places if place.attack != "none"] or list(places)
-        for place in attacked:
-            mine = [row for row in chosen if replace(key_of(row), defence="") == place]
-            before = [
-                row for row in chosen
-                if row.attack == "none" != place.attack and (row.model, row.judge) == (place.model, place.judge)
-                and row.defence not in {other.defence for other in mine}
-            ]  # fmt: skip
-            settings = ", ".join(f"{name} {value}" for name, value in place.settings)
-            about = f", {place.attack} on {place.model}{f', {settings}' if settings else ''}"
-            found.append((metric, about if len(attacked) > 1 else "", [*before, *mine]))
+        places = list(dict.fromkeys(place_of(key_of(row)) for row in chosen))
+        attacked = [place for place in places if place.attack != UNATTACKED] or places
+        for place, about in zip(attacked, told_apart(attacked), strict=True):
+            mine = [row for row in chosen if place_of(key_of(row)) == place]
+            others = [row for row in chosen if place.attack != UNATTACKED and before(key_of(row), place)]
+            mine = [replace(row, defence=named(key_of(row))) for row in mine]
+            defended = {row.defence for row in mine}
+            found.append(
+                (
+                    metric,
+                    about if len(attacked) > 1 else "",
+                    [*(row for row in others if row.defence not in defended), *mine],
+                )
+            )
     return found
 
 
@@ -132,6 +146,6 @@ def _stems(names: Sequence[str]) -> list[str]:
     found: list[str] = []
     for name in names:
         words = "".join(letter if letter.isascii() and letter.isalnum() else " " for letter in name.lower()).split()
-        stem = "_".join(words)[:80] or "figure"
+        stem = "_".join(words)[:120] or "figure"
         found.append(stem if stem not in found else f"{stem}_{len(found)}")
     return found

@@ -8,11 +8,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from safeshape.report.drawing import SCALE, axis_title, limits, note, plain, style, whiskers
+from safeshape.report.drawing import COLORS, HATCHES, SCALE, axis_title, limits, note, plain, style, whiskers, wrapped
 from safeshape.report.grid import Grid, part_of
+from safeshape.report.places import MEASURED, UNATTACKED, Place, along, before, named, place_of, told_apart
 from safeshape.report.rows import Key, Pooled
 
-MEASURED = ("dataset", "decoding", "threshold")  # settings of `safeshape eval` that say how a number was measured
 LOGARITHMIC = ("learning_rate", "chunk", "kl", "epsilon")
 _NAMES = {
     "harmful_share": "harmful share of the data, %",
@@ -21,66 +21,78 @@ _NAMES = {
     "kl": "weight of the KL term",
 }
 _COLUMNS = 3
+_MOST = 12  # panels in one figure
+_TICKS = 8  # as many values stand on a logarithmic axis themselves
+Lines = dict[str, list[tuple[float, Key]]]
 
 
 def varying(grid: Grid) -> list[str]:
-    """The settings that have at least two different numbers, and so can be an axis."""
+    """The settings that can be an axis: some line has at least two values of them, all else the same."""
     found = dict.fromkeys(name for key in grid.keys for name, _ in key.settings)
-    numbers = {
-        name: {value for key in grid.keys for part, value in key.settings if part == name and _is_number(value)}
-        for name in found
-    }
-    return [name for name, values in numbers.items() if len(values) > 1]
+    return [name for name in found if any(_panels_of(grid, metric, name) for metric in grid.metrics)]
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float)
+def _panels_of(grid: Grid, metric: str, setting: str) -> dict[Place, Lines]:
+    """The lines with two values or more of every panel that has any, each in order of the setting."""
+    found: dict[Place, Lines] = {}
+    for key in grid.keys:
+        value = dict(key.settings).get(setting)
+        if isinstance(value, int | float) and (key, metric) in grid.cells:
+            own = along(key, setting)
+            lines = found.setdefault(place_of(own, without=[setting]), {})
+            lines.setdefault(plain(named(own, setting)), []).append((float(value), key))
+    for place, lines in found.items():
+        for name, points in lines.items():
+            points.sort(key=lambda point: point[0])
+            if len({value for value, _ in points}) < len(points):
+                raise ValueError(f"{place.attack!r}, {name!r}: several lines of the table fall on one point")
+    kept = {place: {n: points for n, points in lines.items() if len(points) > 1} for place, lines in found.items()}
+    return {place: lines for place, lines in kept.items() if lines}
 
 
-def _rest(key: Key, without: Sequence[str]) -> str:
-    """What else a key says, as a short text, so that lines which differ in it are told apart."""
-    parts = [f"{name} {value:g}" if isinstance(value, int | float) else f"{name} {value}"
-             for name, value in key.settings if name not in without]  # fmt: skip
-    return ", ".join(parts)
+def _flat(grid: Grid, metric: str, setting: str, place: Place) -> dict[str, Pooled]:
+    """What has no value of the setting and belongs to the panel: the model before, and defences without that knob."""
+    found = {}
+    for key in grid.keys:
+        if setting in dict(key.settings) or (key, metric) not in grid.cells:
+            continue
+        if before(key, place) or place_of(key) == place:
+            found[plain(named(key, setting))] = grid.cells[key, metric]
+    return found
 
 
 def curve_figure(grid: Grid, metric: str, setting: str, *, logarithmic: bool | None = None, text: str = "") -> Figure:
-    """The metric against the setting: a line a defence, whiskers for intervals, a panel for each attack and model.
+    """The metric against the setting: a line a defence, whiskers for intervals.
 
-    A key without the setting (an untouched model) is a horizontal dotted line. `logarithmic`: None for learning rate,
-    chunk and KL weight where all are above 0.
-    Errors: ValueError when fewer than two values of the setting were measured.
+    A panel for each attack, model, judge and other settings under which some line has two values or more. What is
+    without the setting (an untouched model) is a horizontal dotted line. `logarithmic`: None for learning rate, chunk
+    and KL weight where all are above 0.
+    Errors: ValueError when no line has two values, or two rows of the table fall on one point.
     """
-    points = [key for key in grid.keys if _is_number(dict(key.settings).get(setting)) and (key, metric) in grid.cells]
-    values = sorted({float(dict(key.settings)[setting]) for key in points})
-    if len(values) < 2:
-        raise ValueError(f"a curve of {metric!r} needs at least two values of {setting!r}, got {len(values)}")
+    panels = _panels_of(grid, metric, setting)
+    if not panels:
+        raise ValueError(f"a curve of {metric!r} needs at least two values of {setting!r} with all else the same")
+    values = sorted({value for lines in panels.values() for points in lines.values() for value, _ in points})
     if logarithmic is None:
         logarithmic = setting in LOGARITHMIC and min(values) > 0
-    panels = list(dict.fromkeys((key.attack, key.model) for key in points))
-    flat = [key for key in grid.keys if setting not in dict(key.settings) and (key, metric) in grid.cells]
-    names = list(dict.fromkeys(_series(key, setting) for key in (*points, *flat)))
+    flat = {place: _flat(grid, metric, setting, place) for place in panels}
+    names = list(dict.fromkeys(name for place in panels for name in (*panels[place], *flat[place])))
     figure, axes = _panels(len(panels))
     unit, stretch = grid.units[metric], 100.0 if setting == "harmful_share" else 1.0
-    for axis, (attack, model) in zip(axes, panels, strict=True):
-        for key in flat:
-            if key.model == model and key.attack in (attack, "none"):
-                look = {**style(names.index(_series(key, setting))), "linestyle": ":", "marker": ""}
-                axis.axhline(SCALE[unit] * grid.cells[key, metric].value, label=_series(key, setting), **look)
-        lines: dict[str, list[Key]] = {}
-        for key in points:
-            if (key.attack, key.model) == (attack, model):
-                lines.setdefault(_series(key, setting), []).append(key)
-        for name, keys in lines.items():
-            keys.sort(key=lambda key: float(dict(key.settings)[setting]))
-            y, lengths = whiskers([grid.cells[key, metric] for key in keys], SCALE[unit])
-            x = [stretch * float(dict(key.settings)[setting]) for key in keys]
+    titles = told_apart(list(panels))
+    for axis, (place, lines), title in zip(axes, panels.items(), titles, strict=True):
+        for name, cell in flat[place].items():
+            look = {**style(names.index(name)), "linestyle": ":", "marker": ""}
+            axis.axhline(SCALE[unit] * cell.value, label=name, **look)
+        for name, points in lines.items():
+            y, lengths = whiskers([grid.cells[key, metric] for _, key in points], SCALE[unit])
+            x = [stretch * value for value, _ in points]
             axis.errorbar(x, y, yerr=lengths, label=name, capsize=3, linewidth=1.8, **style(names.index(name)))
-        axis.set_title(_title(attack, model, panels), fontsize="medium")
+        axis.set_title(wrapped(title), fontsize="medium")
         axis.set_xlabel(_NAMES.get(setting, plain(setting.replace("_", " "))))
         if logarithmic:
             axis.set_xscale("log")
-        if setting == "chunk":
+        if logarithmic and len(values) <= _TICKS:
             axis.set_xticks(values, [f"{value:g}" for value in values])
             axis.minorticks_off()
         _finish(axis, limits(unit))
@@ -89,42 +101,46 @@ def curve_figure(grid: Grid, metric: str, setting: str, *, logarithmic: bool | N
     return figure
 
 
-def _series(key: Key, setting: str) -> str:
-    rest = _rest(key, [setting])
-    return plain(f"{key.defence} ({rest})" if rest else key.defence)
-
-
-def _title(attack: str, model: str, panels: Sequence[tuple[str, str]]) -> str:
-    attacks, models = {a for a, _ in panels}, {m for _, m in panels}
-    parts = ([attack] if len(attacks) > 1 or len(models) == 1 else []) + ([model] if len(models) > 1 else [])
-    return "\n".join(plain(part) for part in parts)
-
-
-def scatter_figure(grid: Grid, safety: str, utility: str, text: str = "") -> Figure:
+def scatter_figures(grid: Grid, safety: str, utility: str, text: str = "") -> list[Figure]:
     """Safety against utility: a mark a model, whiskers both ways; the best corner is the lower right one.
 
     `safety`: a metric that should be low, `utility`: one that should be high; the two may be of different data sets.
-    Panels by attack, model and data sets.
+    Panels by attack, model, settings and data sets, twelve in a figure; those with one mark alone only where no panel
+    has two.
     Errors: ValueError when no model has both.
     """
     pairs = _pairs(grid, safety, utility)
     if not pairs:
         raise ValueError(f"no line of the table has both {safety!r} and {utility!r}")
-    every = list(dict.fromkeys((low.attack, low.model, _sets(low, high)) for low, high in pairs))
+    every = list(dict.fromkeys((_trained(low), _sets(low, high)) for low, high in pairs))
     # What was not attacked is the state before, and stands in the panels of the attacks on the same model.
-    attacked = {(model, sets) for attack, model, sets in every if attack != "none"}
-    panels = [(attack, *rest) for attack, *rest in every if attack != "none" or tuple(rest) not in attacked]
-    names = list(dict.fromkeys(low.defence for low, _ in pairs))
+    attacked = {(place.model, sets) for place, sets in every if place.attack != UNATTACKED}
+    panels = {
+        (place, sets): [(low, high) for low, high in pairs if _sets(low, high) == sets and _inside(low, place)]
+        for place, sets in every if place.attack != UNATTACKED or (place.model, sets) not in attacked
+    }  # fmt: skip
+    most = max(map(len, panels.values()))
+    panels = {panel: marks for panel, marks in panels.items() if len(marks) > 1 or most == 1}
+    titles = [(title, sets) for title, (_, sets) in zip(told_apart([p for p, _ in panels]), panels, strict=True)]
+    shown = list(zip(titles, panels.values(), strict=True))
+    return [_scatter(grid, safety, utility, shown[at : at + _MOST], text) for at in range(0, len(shown), _MOST)]
+
+
+def _inside(key: Key, place: Place) -> bool:
+    return _trained(key) == place or before(replace(key, judge=""), place)
+
+
+def _scatter(grid: Grid, safety: str, utility: str,
+             panels: Sequence[tuple[tuple[str, str], Sequence[tuple[Key, Key]]]], text: str) -> Figure:  # fmt: skip
+    names = list(dict.fromkeys(named(low) for _, marks in panels for low, _ in marks))
     figure, axes = _panels(len(panels))
-    for axis, (attack, model, sets) in zip(axes, panels, strict=True):
-        for low, high in pairs:
-            if (low.model, _sets(low, high)) == (model, sets) and low.attack in (attack, "none"):
-                x, across = whiskers([grid.cells[high, utility]], SCALE[grid.units[utility]])
-                y, along = whiskers([grid.cells[low, safety]], SCALE[grid.units[safety]])
-                look = {**style(names.index(low.defence)), "linestyle": "", "markersize": 8, "capsize": 3}
-                axis.errorbar(x, y, xerr=across, yerr=along, label=plain(low.defence), **look)
-        title = _title(attack, model, [(a, m) for a, m, _ in panels])
-        axis.set_title("\n".join(part for part in (title, plain(sets)) if part), fontsize="medium")
+    for axis, (title, marks) in zip(axes, panels, strict=True):
+        for low, high in marks:
+            x, across = whiskers([grid.cells[high, utility]], SCALE[grid.units[utility]])
+            y, upright = whiskers([grid.cells[low, safety]], SCALE[grid.units[safety]])
+            look = {**style(names.index(named(low))), "linestyle": "", "markersize": 8, "capsize": 3}
+            axis.errorbar(x, y, xerr=across, yerr=upright, label=plain(named(low)), **look)
+        axis.set_title("\n".join(wrapped(part) for part in title if part), fontsize="medium")
         axis.set_xlabel(axis_title(utility, grid.units[utility]))
         _finish(axis, limits(grid.units[safety]), limits(grid.units[utility]))
     axes[0].set_ylabel(axis_title(safety, grid.units[safety]))
@@ -134,15 +150,20 @@ def scatter_figure(grid: Grid, safety: str, utility: str, text: str = "") -> Fig
 
 def _pairs(grid: Grid, safety: str, utility: str) -> list[tuple[Key, Key]]:
     """Lines with the safety metric and lines with the utility metric of one model, whatever they were measured on."""
-    low = [key for key in grid.keys if (key, safety) in grid.cells]
-    high = [key for key in grid.keys if (key, utility) in grid.cells]
-    return [(a, b) for a in low for b in high if _run(a) == _run(b)]
+    high: dict[tuple[str, Place], list[Key]] = {}
+    for key in grid.keys:
+        if (key, utility) in grid.cells:
+            high.setdefault(_run(key), []).append(key)
+    return [(a, b) for a in grid.keys if (a, safety) in grid.cells for b in high.get(_run(a), [])]
 
 
-def _run(key: Key) -> Key:
+def _run(key: Key) -> tuple[str, Place]:
     """What was trained, without how it was measured."""
-    settings = tuple((name, value) for name, value in key.settings if name not in MEASURED)
-    return replace(key, judge="", settings=settings)
+    return named(key), _trained(key)
+
+
+def _trained(key: Key) -> Place:
+    return replace(place_of(key, without=MEASURED), judge="")
 
 
 def _sets(low: Key, high: Key) -> str:
@@ -151,17 +172,48 @@ def _sets(low: Key, high: Key) -> str:
     return ", ".join(dict.fromkeys(name for name in names if name))
 
 
-def panel_figure(grid: Grid, metrics: Sequence[str], by: str, text: str = "") -> Figure:
+def panel_figures(grid: Grid, metrics: Sequence[str], by: str, text: str = "") -> dict[str, Figure]:
     """Bars of every defence in groups by `by` (model, attack, guard, dataset, ...), a panel a metric.
 
+    A figure for each attack and other settings under which there are two groups or more, by what tells them apart.
     Source: STAR-DSS, arXiv 2505.17196, figure 4: per model, per guard, per harm level, per data set.
     Errors: ValueError when fewer than two groups were measured, or when two lines of the table fall on one bar.
     """
     keys = [key for key in grid.keys if part_of(key, by) != ""]
+    count = len({part_of(key, by) for key in keys})
+    if count < 2:
+        raise ValueError(f"panels by {by!r} need at least two of them, got {count}")
+    places = list(dict.fromkeys(_grouped(key, by) for key in keys))
+    inside = {p: [key for key in keys if _grouped(key, by) == p or _grouped_before(key, by, p)] for p in places}
+    attacked = any(place.attack != UNATTACKED for place in places)
+    shown = {
+        place: members for place, members in inside.items()
+        if len({part_of(key, by) for key in members if _grouped(key, by) == place}) > 1
+        and not (attacked and place.attack == UNATTACKED)
+    }  # fmt: skip
+    if not shown:
+        raise ValueError(f"panels by {by!r} need two of them with all else the same")
+    titles = told_apart(list(shown))
+    found = [_grouped_bars(grid, m, metrics, by, title, text) for m, title in zip(shown.values(), titles, strict=True)]
+    return dict(zip(titles, found, strict=True))
+
+
+def _grouped(key: Key, by: str) -> Place:
+    """What a figure's bars have in common."""
+    place = replace(place_of(key, without=[*MEASURED, by]), judge="")
+    return replace(place, attack="" if by == "attack" else place.attack, model="" if by == "model" else place.model)
+
+
+def _grouped_before(key: Key, by: str, place: Place) -> bool:
+    model = "" if by == "model" else key.model
+    return by != "attack" and before(replace(key, model=model, judge=""), place)
+
+
+def _grouped_bars(grid: Grid, keys: Sequence[Key], metrics: Sequence[str], by: str, title: str,
+                  text: str) -> Figure:  # fmt: skip
+    metrics = [metric for metric in metrics if any((key, metric) in grid.cells for key in keys)]
+    names = list(dict.fromkeys(named(key) for key in keys))
     groups = list(dict.fromkeys(part_of(key, by) for key in keys))
-    if len(groups) < 2:
-        raise ValueError(f"panels by {by!r} need at least two of them, got {len(groups)}")
-    names = list(dict.fromkeys(key.defence for key in keys))
     width, height = max(4.6, 0.26 * len(groups) * len(names) + 2.0), 4.2
     figure = Figure(figsize=(min(width, 9.0) * min(len(metrics), 2), height * -(-len(metrics) // 2)))
     figure.set_layout_engine("constrained")
@@ -171,12 +223,13 @@ def panel_figure(grid: Grid, metrics: Sequence[str], by: str, text: str = "") ->
     for axis, metric in zip(axes, metrics, strict=False):
         bars: dict[tuple[str, float | str], Pooled] = {}
         for key in keys:
-            place = (key.defence, part_of(key, by))
-            if (key, metric) in grid.cells and place in bars:
-                raise ValueError(f"{by} {place[1]!r}, defence {place[0]!r}: several lines of the table fall on one bar")
+            at = (named(key), part_of(key, by))
+            if (key, metric) in grid.cells and at in bars:
+                raise ValueError(f"{by} {at[1]!r}, defence {at[0]!r}: several lines of the table fall on one bar")
             if (key, metric) in grid.cells:
-                bars[place] = grid.cells[key, metric]
+                bars[at] = grid.cells[key, metric]
         _bars(axis, bars, names, groups, grid, metric)
+        axis.set_title(wrapped(title), fontsize="medium")
     _legend(figure, axes[:1], text)
     return figure
 
@@ -188,9 +241,11 @@ def _bars(axis: Axes, bars: dict[tuple[str, float | str], Pooled], names: Sequen
         held = [group for group in groups if (name, group) in bars]
         x = [groups.index(group) + (place - (len(names) - 1) / 2) * thick for group in held]
         y, lengths = whiskers([bars[name, group] for group in held], SCALE[unit])
-        color = style(place)["color"]
+        look = {"color": style(place)["color"], "hatch": HATCHES[place // len(COLORS) % len(HATCHES)]}
         base = 1.0 if unit == "harm" else 0.0
-        axis.bar(x, [value - base for value in y], thick * 0.92, bottom=base, color=color, label=plain(name))
+        axis.bar(
+            x, [value - base for value in y], thick * 0.92, bottom=base, label=plain(name), edgecolor="white", **look
+        )
         axis.errorbar(x, y, yerr=lengths, fmt="none", ecolor="#333333", elinewidth=1, capsize=2)
     many = sum(len(plain(group)) for group in groups) > 40
     turned: dict[str, Any] = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"} if many else {}
@@ -223,7 +278,9 @@ def _legend(figure: Figure, axes: Sequence[Axes], text: str) -> None:
     """One legend for all panels above them, each name once."""
     found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     longest = max(len(label) for label in found)
-    columns = 1 if longest > 30 else min(4, len(found), max(1, int(figure.get_size_inches()[0] * 10 / (longest + 5))))
+    width, height = figure.get_size_inches()
+    columns = min(4, len(found), max(1, int(width * 10 / (longest + 5))))
+    figure.set_size_inches(width, height + 0.2 * -(-len(found) // columns))
     figure.legend(
         found.values(), found.keys(), loc="outside upper center", ncols=columns, frameon=False, fontsize="small"
     )

@@ -1,5 +1,6 @@
 """What all figures share: colours, names as matplotlib shows them, axes of units, and files that are the same again."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,17 @@ from safeshape.report.texts import visible
 # Okabe and Ito: told apart with every kind of colour vision.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a7a7a")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+HATCHES = ("", "//", "..", "xx")
 DASHES = ("-", "--", "-.", ":")
 SCALE = {"percent": 100.0, "harm": 1.0, "number": 1.0}
 _LONGEST = 36
 
 
 def style(place: int) -> dict[str, Any]:
-    """Colour, marker and dash of the series at this place; series beyond the colours differ in their dash."""
+    """Colour, marker and dash of the series at this place; beyond the colours they differ in marker and dash."""
     return {
         "color": COLORS[place % len(COLORS)],
-        "marker": MARKERS[place % len(MARKERS)],
+        "marker": MARKERS[(place + place // len(COLORS)) % len(MARKERS)],
         "linestyle": DASHES[place // len(COLORS) % len(DASHES)],
     }
 
@@ -34,6 +36,11 @@ def plain(name: object, longest: int = _LONGEST) -> str:
     text = f"{name:g}" if isinstance(name, float) else visible(str(name))
     text = text if len(text) <= longest else text[: longest - 3] + "..."
     return "\u200b" + text.replace("$", r"\$")
+
+
+def wrapped(text: str, width: int = 40) -> str:
+    """A longer text as matplotlib shows it, in lines of that many letters; what is too long ends in dots."""
+    return "\n".join(plain(line, width) for line in textwrap.wrap(text, width, max_lines=4, placeholder=" ..."))
 
 
 def axis_title(metric: str, unit: Unit) -> str:

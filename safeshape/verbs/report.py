@@ -22,4 +22,7 @@ def main(argv: Sequence[str]) -> str:
     files = dict(entry.split("=", 1) for entry in config.answers)
     sides = side_by_side({name: scored_rows(path) for name, path in files.items()}) if files else []
     built = build(config, sides)
-    return "\n".join([text_table(built.grid), *built.skipped, f"Wrote {', '.join(map(str, built.written))}"])
+    figures = [path for path in built.written if path.parent.name == "figures" and path.suffix == ".png"]
+    named = [str(path) for path in built.written if path.parent.name != "figures"]
+    drawn = f"; {len(figures)} figures, each as .png and .svg, in {output / 'figures'}" if figures else ""
+    return "\n".join([text_table(built.grid), *built.skipped, f"Wrote {', '.join(named)}{drawn}"])

@@ -1,13 +1,15 @@
 """Figures hold the numbers of their rows, refuse what they cannot show, and are the same files again."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from report_rows import CATEGORIES, HOSTILE, rate, score
 
-from safeshape.report.curves import curve_figure, panel_figure, scatter_figure, varying
+from safeshape.report.curves import curve_figure, panel_figures, scatter_figures, varying
 from safeshape.report.drawing import save
 from safeshape.report.grid import make_grid
+from safeshape.report.places import Place, told_apart
 from safeshape.report.radar import by_category, radar_figure
 
 
@@ -87,8 +89,59 @@ def test_other_settings_and_attacks_are_lines_and_panels_of_their_own():
         for place, chunk in enumerate((1, 5, 10))
     ]
     figure = curve_figure(make_grid(rows), "attack_success", "chunk")
-    assert [axis.get_title().strip("\u200b") for axis in figure.axes] == ["a", "b"]
+    assert titles(figure) == ["a", "b"]
     assert {"star (kl 0.5)", "star (kl 1)"} <= set(texts(figure))
+    assert varying(make_grid(rows)) == ["chunk", "kl"]
+    # Other settings than a defence's own make panels, and what does not vary anywhere is no axis.
+    rows = [rate(place, settings={"chunk": chunk, "epochs": epochs, "rows": 9}) for epochs in (6, 20)
+            for place, chunk in enumerate((1, 5, 10)[: epochs // 6])]  # fmt: skip
+    assert varying(make_grid(rows)) == ["chunk", "epochs"]
+    figure = curve_figure(make_grid([*rows, rate(1, defence="sft", settings={"epochs": 20, "rows": 9})]),
+                          "attack_success", "chunk")  # fmt: skip
+    assert titles(figure) == ["a"]  # 6 epochs were run with one chunk size alone
+    (flat,) = [line for line in figure.axes[0].lines if line.get_linestyle() == ":"]
+    assert flat.get_label().strip("\u200b") == "sft"  # has no chunk size, and is of the same attack and settings
+
+
+def test_what_an_axis_shows_is_left_out_of_the_names():
+    def at(share, value, defence="star", **more):
+        own = {"harmful_share": share, "rows": 9, **({"kl": 1.0} if "kl" in defence else {})}
+        safe = f" safe_ratio={1 - share:g}" if more else ""
+        return rate(value, attack=f"mixed ratio={share:g}{safe}", defence=defence, settings=own)
+
+    figure = curve_figure(make_grid([at(0.1, 1), at(0.2, 2), at(0.2, 3, "star kl=1.0")]),
+                          "attack_success", "harmful_share")  # fmt: skip
+    assert titles(figure) == ["mixed"]
+    assert list(figure.axes[0].lines[0].get_xdata()) == [10, 20]
+    assert "star kl=1.0" not in texts(figure)  # one point is no line
+    whole = [at(0.2, 1, safe=1), at(0.8, 2, safe=1)]
+    assert titles(curve_figure(make_grid(whole), "attack_success", "harmful_share")) == ["mixed"]
+    weights = [rate(place, defence=f"star kl={kl}", settings={"kl": kl}) for place, kl in enumerate((0.5, 1.0))]
+    figure = curve_figure(make_grid(weights), "attack_success", "kl")
+    assert "star" in texts(figure)
+    assert [label.strip("\u200b") for label in tick_labels(figure)] == ["0.5", "1"]
+    with pytest.raises(ValueError, match="several lines of the table fall on one point"):
+        curve_figure(make_grid([*weights, rate(1, settings={"kl": 0.5})]), "attack_success", "kl")
+
+
+def test_places_are_told_apart_by_no_more_than_it_takes():
+    one = Place(attack="a", model="m", settings=(("epochs", 6), ("rows", 9)))
+    assert told_apart([one]) == ["a"]
+    assert told_apart([one, replace(one, settings=(("epochs", 20), ("rows", 90)))]) == ["a, epochs 6", "a, epochs 20"]
+    assert told_apart([one, replace(one, model="n"), replace(one, model="n", judge="j")]) == ["a, m", "a, n", "a, n, j"]
+    assert told_apart([one, replace(one, settings=())]) == ["a, epochs 6", "a"]
+
+
+def titles(figure):
+    return [axis.get_title().replace("\u200b", "") for axis in figure.axes]
+
+
+def tick_labels(figure):
+    return [label.get_text() for label in figure.axes[0].get_xticklabels()]
+
+
+def test_what_a_row_does_not_name_is_no_axis():
+    rows = rates("chunk", (1, 5))
     with pytest.raises(ValueError, match="needs at least two values of 'seed'"):
         curve_figure(make_grid(rows), "attack_success", "seed")
 
@@ -97,12 +150,12 @@ def test_the_scatter_has_a_mark_a_line_with_whiskers_both_ways():
     rows = [rate(10), rate(90, metric="task_accuracy"), rate(80, defence="sft"),
             rate(95, defence="sft", metric="task_accuracy"), rate(1, defence="untouched", attack="none"),
             rate(2, defence="untouched", attack="none", metric="task_accuracy")]  # fmt: skip
-    figure = scatter_figure(make_grid(rows), "attack_success", "task_accuracy")
+    (figure,) = scatter_figures(make_grid(rows), "attack_success", "task_accuracy")
     (axis,) = figure.axes  # the untouched model stands in the panel of the attack
     marks = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines if line.get_marker() in "os^"]
     assert [tuple(map(round, mark)) for mark in marks] == [(90, 10), (95, 80), (2, 1)]
     with pytest.raises(ValueError, match="no line of the table has both"):
-        scatter_figure(make_grid([rate(1), rate(2, defence="b", metric="skill")]), "attack_success", "skill")
+        scatter_figures(make_grid([rate(1), rate(2, defence="b", metric="skill")]), "attack_success", "skill")
 
 
 def test_the_scatter_joins_what_was_measured_on_different_data_sets():
@@ -112,7 +165,7 @@ def test_the_scatter_joins_what_was_measured_on_different_data_sets():
     rows = [on("requests", 10, settings={"threshold": 4}), on("sums", 90, metric="accuracy", judge="rules"),
             on("words", 70, metric="accuracy", judge="rules"),
             on("sums", 60, metric="accuracy", defence="other")]  # fmt: skip
-    figure = scatter_figure(make_grid(rows), "attack_success", "accuracy")
+    (figure,) = scatter_figures(make_grid(rows), "attack_success", "accuracy")
     marks = [[(line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines if line.get_marker() in "os^"]
              for axis in figure.axes]  # fmt: skip
     assert [[tuple(map(round, mark)) for mark in panel] for panel in marks] == [[(90, 10)], [(70, 10)]]
@@ -123,18 +176,43 @@ def test_the_scatter_joins_what_was_measured_on_different_data_sets():
 def test_panels_group_bars_by_model_or_setting():
     rows = [rate(10 * place, model=model, defence=defence) for place, (model, defence) in
             enumerate((m, d) for m in ("one", "two") for d in ("sft", "star"))]  # fmt: skip
-    (axis,) = panel_figure(make_grid(rows), ["attack_success"], "model").axes
+    (axis,) = panels(rows, "model")[""].axes
     assert sorted(bar.get_height() for bar in axis.patches) == pytest.approx([0, 10, 20, 30])
     assert [label.get_text().strip("\u200b") for label in axis.get_xticklabels()] == ["one", "two"]
     assert axis.get_xlim() == (-0.5, 1.5)
-    (axis,) = panel_figure(make_grid(rows[:3]), ["attack_success"], "model").axes  # one defence is missing on "two"
+    (axis,) = panels(rows[:3], "model")[""].axes  # one defence is missing on "two"
     assert axis.get_xlim() == (-0.5, 1.5)
     guards = [rate(5, settings={"guard": name}) for name in ("g", "h")]
-    assert len(panel_figure(make_grid(guards), ["attack_success"], "guard").axes[0].patches) == 2
+    assert len(panels(guards, "guard")[""].axes[0].patches) == 2
     with pytest.raises(ValueError, match="several lines of the table fall on one bar"):
-        panel_figure(make_grid([*rows, rate(9, model="one", defence="sft", attack="b")]), ["attack_success"], "model")
+        panels([*rows, rate(9, model="one", defence="sft", judge="other")], "model")
     with pytest.raises(ValueError, match="at least two"):
-        panel_figure(make_grid(rows), ["attack_success"], "judge")
+        panels(rows, "judge")
+    with pytest.raises(ValueError, match="with all else the same"):
+        panels([rate(1, model="one", attack="a"), rate(1, model="two", attack="b")], "model")
+
+
+def test_a_matrix_has_a_figure_of_panels_for_each_attack_with_two_models():
+    rows = [rate(5, model=model, attack=attack) for attack in ("a", "b") for model in ("one", "two")]
+    before = [rate(1, model=model, attack="none", defence="untouched") for model in ("one", "two")]
+    found = panels([*rows, *before, rate(9, model="one", attack="c")], "model")
+    assert list(found) == ["a", "b"]
+    assert [titles(figure) for figure in found.values()] == [["a"], ["b"]]
+    assert all(len(figure.axes[0].patches) == 4 for figure in found.values())  # the state before beside each
+
+
+def test_a_wide_matrix_has_scatters_of_twelve_panels_and_none_of_a_single_mark():
+    rows = [rate(5, metric=metric, defence=defence, attack=f"a{place}") for place in range(14)
+            for defence in ("sft", "star") for metric in ("attack_success", "skill")]  # fmt: skip
+    rows += [rate(5, metric=metric, attack="alone") for metric in ("attack_success", "skill")]
+    found = scatter_figures(make_grid(rows), "attack_success", "skill")
+    shown = [[axis.get_title().strip("\u200b") for axis in figure.axes if axis.get_visible()] for figure in found]
+    assert shown == [[f"a{place}" for place in range(12)], ["a12", "a13"]]
+
+
+def panels(rows, by):
+    found = panel_figures(make_grid(rows), ["attack_success"], by)
+    return found if len(found) > 1 else {"": next(iter(found.values()))}
 
 
 def test_hostile_names_are_drawn_as_text_and_files_are_the_same_again(tmp_path):
