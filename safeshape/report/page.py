@@ -22,7 +22,12 @@ from safeshape.report.texts import html_table, visible
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }
-.wide { overflow-x: auto; }
+.wide { overflow: auto; max-height: 90vh; width: fit-content; max-width: calc(100vw - 3rem); position: relative;
+  left: 50%; transform: translateX(-50%); }
+.wide p { max-width: 72rem; }
+thead th { position: sticky; top: 0; background: #fff; }
+.number { white-space: nowrap; }
+small { display: block; color: #555; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .35rem .7rem; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top; }
 .note { background: #fff6dd; border-left: 4px solid #e0a800; padding: .6rem 1rem; }

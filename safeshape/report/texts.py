@@ -137,11 +137,19 @@ def _harmless(entry: object) -> object:
 def html_table(grid: Grid) -> str:
     """The table as HTML, escaped."""
     head = "".join(f"<th>{html.escape(visible(text))}</th>" for text in header(grid))
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(visible(text))}</td>" for text in line) + "</tr>" for line in lines(grid)
-    )
+    body = "".join(f"<tr>{''.join(_html_cell(text, at, grid) for at, text in enumerate(line))}</tr>"
+                   for line in lines(grid))  # fmt: skip
     below = "".join(f"<p>{html.escape(visible(note))}</p>" for note in notes(grid))
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{below}"
+
+
+def _html_cell(text: str, place: int, grid: Grid) -> str:
+    """A cell; the interval of a number stands below it."""
+    words = html.escape(visible(text))
+    if place < len(grid.labels) or " (" not in words:
+        return f"<td>{words}</td>"
+    value, interval = words.removesuffix(")").split(" (", 1)
+    return f'<td class="number">{value}<small>{interval}</small></td>'
 
 
 def as_json(grid: Grid) -> list[dict[str, Any]]:
