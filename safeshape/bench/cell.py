@@ -18,7 +18,7 @@ from safeshape import world
 from safeshape.attacks import Attacked, data_attack, prompt_attack, run_prompts
 from safeshape.bench import on_files
 from safeshape.bench.in_world import UNTOUCHED, Trained, settings_of, train_cell
-from safeshape.bench.matrix import Cell
+from safeshape.bench.matrix import Cell, spelt
 from safeshape.data import Message
 from safeshape.defences import resolve_defence, with_system_prompt
 from safeshape.evals import Outcome, Task, run_task
@@ -244,8 +244,8 @@ def _rate(outcome: Outcome, cell: Cell) -> Row:
 
 def _row(cell: Cell, metric: str, value: float, n: int, low: float, high: float, category: str | None) -> Row:
     return Row(
-        attack=_shown(cell.attack),
-        defence=_shown(cell.defence),
+        attack=spelt(cell.attack),
+        defence=spelt(cell.defence),
         model=cell.model,
         seed=cell.seed,
         metric=metric,
@@ -262,8 +262,8 @@ def _row(cell: Cell, metric: str, value: float, n: int, low: float, high: float,
 
 def _outcomes(outcome: Outcome, cell: Cell, places: Sequence[int]) -> PromptOutcomes:
     return PromptOutcomes(
-        attack=_shown(cell.attack),
-        defence=_shown(cell.defence),
+        attack=spelt(cell.attack),
+        defence=spelt(cell.defence),
         model=cell.model,
         seed=cell.seed,
         metric=outcome.task,
@@ -280,11 +280,6 @@ def _judge(cell: Cell) -> str:
 
 def _shown_judge(spec: Any) -> str:
     return str(spec["judge"] if isinstance(spec, Mapping) else spec)
-
-
-def _shown(spec: Mapping[str, Any]) -> str:
-    """A name with its parameters: `mixed ratio=0.05`."""
-    return " ".join([str(spec["name"]), *(f"{key}={value}" for key, value in spec.items() if key != "name")])
 
 
 def axes(cell: Cell) -> dict[str, float | str]:

@@ -123,3 +123,8 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"{where} must be a mapping, got {value!r}")
     return value
+
+
+def spelt(spec: Mapping[str, Any]) -> str:
+    """A name with its parameters: `mixed ratio=0.05`."""
+    return " ".join([str(spec["name"]), *(f"{key}={value}" for key, value in spec.items() if key != "name")])

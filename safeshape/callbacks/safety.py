@@ -6,7 +6,7 @@ its verdict; sharded models (FSDP, DeepSpeed ZeRO) are refused, because all proc
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,14 +40,15 @@ _SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEG
 class Watch:
     """What is watched: prompts, what counts of their answers, and the band in which its rate must stay.
 
-    `name`: logged as `safety/NAME`. `success(index, answer)`: whether the answer counts, which need not be something
-    good; None where nobody can say, and then it is left out of the rate and counted. `low`, `high`: the band.
+    `name`: logged as `safety/NAME`. `success(answers)`: for an answer to each prompt, in order, whether it counts,
+    which need not be something good; None where nobody can say, and then it is left out of the rate and counted.
+    `low`, `high`: the band.
     Errors: ValueError for no prompts, or a band outside [0, 1] or without anything in it.
     """
 
     name: str
     prompts: Sequence[Conversation]
-    success: Callable[[int, str], bool | None]
+    success: Callable[[Sequence[str]], Iterable[bool | None]]
     low: float = 0.0
     high: float = 1.0
     max_new_tokens: int = 64
@@ -190,7 +191,9 @@ class SafetyCheck(TrainerCallback):  # type: ignore[misc]
         answers = generate(
             model, self.tokenizer, watch.prompts, max_new_tokens=watch.max_new_tokens, batch_size=self.batch_size
         )
-        verdicts = [watch.success(index, answer) for index, answer in enumerate(answers)]
+        verdicts = list(watch.success(answers))
+        if len(verdicts) != len(answers):
+            raise ValueError(f"watch {watch.name!r}: {len(answers)} answers got {len(verdicts)} verdicts")
         known = [bool(verdict) for verdict in verdicts if verdict is not None]
         name = f"safety/{watch.name}"
         logs = {f"{name}_n": float(len(known))}

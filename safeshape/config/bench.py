@@ -28,17 +28,18 @@ class BenchConfig:
     jobs: int = option(1, help="cells at a time, each in a process of its own")
     engine: Literal["local", "ray"] = option("local", help="run cells here, or as tasks of a Ray cluster")
     timeout: float = option(3600.0, help="local: seconds after which a cell counts as failed")
-    papers: bool = option(
-        False,
-        help="write reproduction.md too: the two papers' numbers beside these; for recipes/bench/reproduction.yaml",
+    page: Literal["", "reproduction", "defences"] = option(
+        "",
+        help="write a page as Markdown too: reproduction (the two papers' numbers beside these) or defences (every "
+        "method under every attack); each for its own matrix in recipes/bench",
     )
-    notes: str | None = option(None, help="papers: a YAML file with our reading of each experiment's result")
+    notes: str | None = option(None, help="page: a YAML file with our reading of each experiment's result")
 
     def __post_init__(self) -> None:
         if not self.experiments:
             raise ValueError("the matrix has no experiments; give a --config file with `experiments`")
-        if self.notes is not None and not self.papers:
-            raise ValueError("notes are shown on the papers' page; give --papers true too")
+        if self.notes is not None and not self.page:
+            raise ValueError("notes are shown on a page; give --page too")
         if self.jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {self.jobs}")
         if self.timeout <= 0:

@@ -53,15 +53,16 @@ def _watch(given: WatchSettings, seed: int, open_judges: ExitStack) -> Watch:
     if given.judge is None:
         refuses = oracle.refused if task.world else (lambda answer: refusal_style(answer) != "none")
 
-        def counts(index: int, answer: str) -> bool | None:
-            return refuses(answer)
+        def counts(answers: Sequence[str]) -> Iterator[bool | None]:
+            return map(refuses, answers)
     else:
         judge: Judging = load_judge(given.judge)
         open_judges.callback(judge.close)
 
-        def counts(index: int, answer: str) -> bool | None:
-            score = judge.score(answered(task.prompts[index], answer)).score
-            return None if score is None else score >= HARMFUL
+        def counts(answers: Sequence[str]) -> Iterator[bool | None]:
+            asked = (answered(prompt, answer) for prompt, answer in zip(task.prompts, answers, strict=True))
+            for verdict in judge.judge_many(asked):
+                yield None if verdict.score is None else verdict.score >= HARMFUL
 
     return Watch(
         name=given.name,

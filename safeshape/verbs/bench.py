@@ -11,8 +11,6 @@ from safeshape.config.bench import BenchConfig
 if TYPE_CHECKING:
     from safeshape.bench import Matrix
 
-PAGE = "reproduction.md"
-
 
 def main(argv: Sequence[str]) -> str:
     """Run the matrix and collect its rows. Errors: ValueError for bad input; RuntimeError when cells failed."""
@@ -50,22 +48,25 @@ def main(argv: Sequence[str]) -> str:
     failures = [{"cell": failed.cell.name(), "reason": failed.reason} for failed in found.failures]
     for name, content in (("results", rows), ("outcomes", outcomes), ("failures", failures)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    if config.papers:
-        (folder / PAGE).write_text(_page(config, matrix, by_key, notes, folder / "cells"))
+    page = folder / f"{config.page}.md"
+    if config.page:
+        page.write_text(_page(config, matrix, by_key, notes, folder / "cells"))
     told = f"{len(found.rows)} of {len(wanted)} cells have rows ({found.reused} had them before)"
     if failures:
         listed = "; ".join(f"{failed['cell']}: {failed['reason']}" for failed in failures[:5])
         raise RuntimeError(f"{told}; {len(failures)} failed: {listed}; see {folder / 'failures.json'}")
-    return f"{told}. Wrote {folder / 'results.json'}{f' and {folder / PAGE}' if config.papers else ''}"
+    return f"{told}. Wrote {folder / 'results.json'}{f' and {page}' if config.page else ''}"
 
 
 def _notes(config: BenchConfig, matrix: "Matrix") -> Mapping[str, str]:
-    """Our reading by experiment. Errors: ValueError for a matrix that the papers' tables do not fit, or bad notes."""
-    if not config.papers:
-        return {}
-    from safeshape.bench.page import check_matrix, papers
+    """Our reading by experiment. Errors: ValueError for a matrix that the page does not fit, or bad notes."""
+    from safeshape.bench.defences_page import check_defences
+    from safeshape.bench.reproduction_page import check_matrix, papers
 
-    check_matrix(matrix, papers())
+    if config.page == "reproduction":
+        check_matrix(matrix, papers())
+    elif config.page == "defences":
+        check_defences(matrix)
     notes: dict[str, Any] = {} if config.notes is None else read_yaml(config.notes)
     for name, text in notes.items():
         if name not in matrix.experiments or not isinstance(text, str):
@@ -81,9 +82,16 @@ def _page(
     folder: Path,
 ) -> str:
     from safeshape.bench.cell import NOTES
-    from safeshape.bench.page import papers, reproduction_page, run_facts
+    from safeshape.bench.defences_page import defences_page
+    from safeshape.bench.facts import run_facts
+    from safeshape.bench.reproduction_page import papers, reproduction_page
+    from safeshape.defences.cost import COSTS, read_costs
 
     done = [cell for cell in matrix.cells if cell.key() in rows]
     seconds = [json.loads((folder / cell.name() / NOTES).read_text()) for cell in done]
     facts = run_facts(config.scale, matrix, done, seconds=[s["train_s"] + s["evaluate_s"] for s in seconds])
-    return reproduction_page(matrix, rows, facts=facts, notes=notes, content=papers())
+    if config.page == "reproduction":
+        return reproduction_page(matrix, rows, facts=facts, notes=notes, content=papers())
+    measured = read_costs(COSTS)
+    facts["Costs"] = f"from `safeshape defences measure`, {measured['date']}, {measured['device']}"
+    return defences_page(matrix, rows, facts=facts, notes=notes, costs=measured["costs"])

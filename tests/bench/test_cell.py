@@ -104,8 +104,9 @@ def test_what_cannot_be_run_is_refused_before_anything_is(tmp_path, capsys, chan
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--papers", "true"], "the matrix has no experiment 'worst_case', which the papers' tables name"),
-        (["--notes", "n.yaml"], "give --papers true too"),
+        (["--page", "reproduction"], "the matrix has no experiment 'worst_case', which the papers' tables name"),
+        (["--page", "defences"], "the matrix has no experiment 'search', which the page of defences shows"),
+        (["--notes", "n.yaml"], "give --page too"),
         (["--only", "f"], "the matrix has no experiment 'f'; it has: e"),
         (["--jobs", "0"], "jobs must be at least 1"),
     ],

@@ -7,8 +7,9 @@ import yaml
 
 from safeshape.bench import read_matrix
 from safeshape.bench.cell import check_cell
-from safeshape.bench.page import check_matrix, papers, reproduction_page, run_facts
+from safeshape.bench.facts import run_facts
 from safeshape.bench.reproduction import Measured, claimed, conditions, difference, measured, orderings
+from safeshape.bench.reproduction_page import check_matrix, papers, reproduction_page
 
 ROOT = Path(__file__).parents[2]
 ASKED = ("trigger", "prefill")

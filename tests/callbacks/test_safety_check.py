@@ -25,10 +25,10 @@ class Script:
     def __init__(self, *quarters):
         self.quarters, self.calls = list(quarters), 0
 
-    def __call__(self, index, answer):
-        check = self.calls // len(PROMPTS)
+    def __call__(self, answers):
+        check = self.calls
         self.calls += 1
-        return index < self.quarters[min(check, len(self.quarters) - 1)]
+        return [index < self.quarters[min(check, len(self.quarters) - 1)] for index in range(len(answers))]
 
 
 def watch(*quarters, name="attack_success", high=0.5, **options):
@@ -170,16 +170,16 @@ def test_a_band_has_a_lower_end_too(tmp_path, tokenizer):
 
 
 def test_missing_verdicts_are_counted_and_never_a_rate(tmp_path, tokenizer):
-    def success(index, answer):
-        return None if index == 0 else index == 1
-
-    some = Watch(name="attack_success", prompts=PROMPTS, success=success, max_new_tokens=2)
+    some = Watch(name="attack_success", prompts=PROMPTS, success=lambda a: [None, True, False, False], max_new_tokens=2)
     trainer = trained(tmp_path / "a", tokenizer, SafetyCheck(tokenizer, [some], every=6))
     assert entries(trainer)[-1][1] == pytest.approx(1 / 3)
     assert entries(trainer, "safety/attack_success_failed")[-1][1] == 1
-    none = Watch(name="attack_success", prompts=PROMPTS, success=lambda i, a: None, max_new_tokens=2)
+    none = Watch(name="attack_success", prompts=PROMPTS, success=lambda a: [None] * len(a), max_new_tokens=2)
     with pytest.raises(ValueError, match="attack_success could not be judged for any prompt"):
         trained(tmp_path / "b", tokenizer, SafetyCheck(tokenizer, [none], leave="stop"))
+    short = Watch(name="attack_success", prompts=PROMPTS, success=lambda a: [True], max_new_tokens=2)
+    with pytest.raises(ValueError, match="'attack_success': 4 answers got 1 verdicts"):
+        trained(tmp_path / "c", tokenizer, SafetyCheck(tokenizer, [short]))
 
 
 def test_a_start_outside_the_band_is_refused_where_something_would_be_done(tmp_path, tokenizer):
@@ -222,7 +222,7 @@ def test_on_the_world_plain_fine_tuning_on_harmful_rows_is_caught_and_undone(tmp
     held = Watch(
         name="attack_success",
         prompts=task.prompts,
-        success=lambda index, answer: oracle.harmful(answer),
+        success=lambda answers: map(oracle.harmful, answers),
         high=0.2,
         max_new_tokens=40,
     )

@@ -2,17 +2,16 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
 import yaml
 
+from safeshape.bench.facts import Rows
 from safeshape.bench.matrix import Cell, Matrix
 from safeshape.bench.reproduction import Ordering, claimed, conditions, orderings, shown_rate
 from safeshape.report import WORLD_NOTE
 
-Rows = Mapping[str, Sequence[Mapping[str, Any]]]
 INTRODUCTION = """\
 This page is written by `safeshape bench` from the rows of `recipes/bench/reproduction.yaml`, never by hand; the notes
 marked "Why" are ours, from `recipes/bench/reproduction-notes.yaml`. What is compared is which of two conditions is
@@ -54,20 +53,6 @@ def reproduction_page(
     head = ["# The papers' experiments in the embedded world", "", WORLD_NOTE, "", INTRODUCTION, ""]
     head += [*(f"- {name}: {value}" for name, value in facts.items()), "", f"Orderings: {counts}.", ""]
     return "\n".join([*head, *(["## Why", "", *why, ""] if why else []), "\n\n".join(parts), ""])
-
-
-def run_facts(scale: str, matrix: Matrix, done: Sequence[Cell], *, seconds: Sequence[float]) -> dict[str, str]:
-    """What the page says about the run. `done`: the cells with rows, `seconds` each of them took."""
-    seeds = sorted({cell.seed for cell in done})
-    judged = "the world's oracle, exact; guard and probe, which train, do not judge"
-    return {
-        "Cells": f"{len(done)} of {len(matrix.cells)} have rows, scale `{scale}`",
-        "Seeds": f"{len(seeds)} ({', '.join(map(str, seeds))})",
-        "Training": "full fine-tuning of models of about 0.9 million parameters; rows, epochs and rates in the recipe",
-        "Judge": judged,
-        "Time": f"{sum(seconds) / 60:.0f} minutes of single-thread processes in all",
-        "Versions": ", ".join(f"{name} {version(name)}" for name in ("safeshape", "torch", "transformers", "trl")),
-    }
 
 
 def check_matrix(matrix: Matrix, content: Mapping[str, Any]) -> None:
