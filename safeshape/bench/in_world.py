@@ -19,6 +19,7 @@ from safeshape.config import ScoreConfig
 from safeshape.defences import Defence, resolve_defence, run_defence
 from safeshape.defences.records import Model
 from safeshape.models import load
+from safeshape.signals.antibody import AntibodySignal
 from safeshape.signals.column import fill, scored_rows
 from safeshape.signals.engines import local
 from safeshape.signals.guards import load_guard
@@ -67,10 +68,10 @@ def settings_of(cell: Cell) -> dict[str, Any]:
 
     `rows`, `epochs`, `batch_size`, `learning_rate`, `lora_rank` (0: full fine-tuning): of the training. `turning`: the
     harmful answers turn midway, as in the demo. `kind`: benign rows are the `task` to be learned or a `skill` that is
-    there. `signal`: guard, probe or judge, "" for the defence's own. `chunk`: words. `judge`: the oracle and its error
-    rate. `guard_misses`: share of the attacker's rows that the signal calls safe from end to end. `safe_rows`: refusals
-    and served requests that a defence is given, where it needs any. `prompts`: held-out, of each evaluation. `asked`:
-    name to prompt attack.
+    there. `signal`: guard, probe, judge or antibody, "" for the defence's own. `chunk`: words. `judge`: the oracle and
+    its error rate. `guard_misses`: share of the attacker's rows that the signal calls safe from end to end.
+    `safe_rows`: refusals and served requests that a defence is given, where it needs any. `prompts`: held-out, of each
+    evaluation. `asked`: name to prompt attack.
     Errors: ValueError that names an unknown setting.
     """
     for key in cell.settings:
@@ -137,11 +138,15 @@ def scored(
         probe = Probe.fit(prompts, labels, model=reference[0], tokenizer=reference[1], store=store)
         scorer = probe.identity()
         score, maker = probe.score_many, {"scorer": scorer, "weights": probe.fingerprint(), "model": cell.model}
+    elif signal == "antibody":
+        judged_by = AntibodySignal(*reference, model_name=cell.model)
+        score, scorer = judged_by.score_many, judged_by.identity()
+        maker = {"scorer": scorer}
     elif signal == "judge":
         judge = load_judge(given["judge"])
         score, maker, scorer = judge.score_many, judge.identity(), judge.identity()
     else:
-        raise ValueError(f"signal must be guard, probe or judge, got {signal!r}")
+        raise ValueError(f"signal must be guard, probe, judge or antibody, got {signal!r}")
     outcome = fill(lambda: iter(rows), local(score), store, maker=maker, keep_failures=False)
     found = scored_rows(lambda: iter(rows), store, maker=maker, scorer=scorer, outcome=outcome, signal=signal)
     return rows.add_column("safety", [{**row["safety"], "scorer": {"signal": signal}} for row in found])

@@ -14,7 +14,8 @@ class ScoreConfig:
     """Score every partial answer of a dataset with a guard (STAR) and write it with a `safety` column.
 
     A killed run goes on where it was when it is started again. `safeshape score calibrate`, `safeshape score view` and
-    `safeshape score export` work on scored data; each has a --help of its own.
+    `safeshape score export` work on scored data; `safeshape score antibody` scores without a guard. Each has its own
+    --help.
     """
 
     dataset_name: str = option(

@@ -70,17 +70,18 @@ class AntibodySignal:
         refusal: str = GENERIC_REFUSAL,
         tau: float = 1.0,
         batch_size: int = 16,
+        model_name: str = "",
     ) -> None:
         if not tau > 0:
             raise ValueError(f"tau must be above 0, got {tau}")
         if not refusal.strip():
             raise ValueError("refusal must be a text")
         self.model, self.tokenizer, self.refusal, self.tau = model, tokenizer, refusal, tau
-        self.batch_size = batch_size
+        self.batch_size, self.model_name = batch_size, model_name
 
     def identity(self) -> dict[str, Any]:
         """What stands in the scores."""
-        return {"name": "antibody", "refusal": self.refusal, "tau": self.tau}
+        return {"name": "antibody", "model": self.model_name, "refusal": self.refusal, "tau": self.tau}
 
     def score_many(self, conversations: Iterable[Sequence[Message]]) -> Iterator[Score]:
         """One score a conversation, in order. Errors: ValueError that names the row."""

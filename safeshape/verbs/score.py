@@ -4,15 +4,17 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safeshape.config import ScoreConfig, parse
+from safeshape.verbs.filling import check_output, scored_dataset
 
 if TYPE_CHECKING:
-    from safeshape.signals.column import Engine, Outcome
+    from safeshape.signals.column import Engine
     from safeshape.signals.scorers import Opened
 
 SUB_VERBS = {
+    "antibody": "safeshape.verbs.score_antibody",
     "calibrate": "safeshape.verbs.score_calibrate",
     "view": "safeshape.verbs.score_view",
     "export": "safeshape.verbs.score_export",
@@ -24,8 +26,7 @@ def main(argv: Sequence[str]) -> str:
     if argv and argv[0] in SUB_VERBS:
         return str(importlib.import_module(SUB_VERBS[argv[0]]).main(argv[1:]))
     config = parse(ScoreConfig, "score", argv)
-    if Path(config.output).exists():
-        raise ValueError(f"output {config.output} exists already")
+    check_output(config)
     return score(config)
 
 
@@ -33,13 +34,9 @@ def score(config: ScoreConfig) -> str:
     """Score, write and say what was done."""
     from safeshape import world
     from safeshape.signals.calibration import Calibration
-    from safeshape.signals.column import fill, scored_rows
     from safeshape.signals.scorers import open_scorer
-    from safeshape.sources import open_source, write_rows
-    from safeshape.store import Store
-    from safeshape.verbs.bars import bars
+    from safeshape.sources import open_source
 
-    output = Path(config.output)
     source = open_source(config.dataset_name, config.dataset_split)
     given: list[str | None] = list(config.guard_model) or [None] * len(config.guard)
     sources = [world.path("guard") if g == "world" and not m else m for g, m in zip(config.guard, given, strict=True)]
@@ -48,32 +45,15 @@ def score(config: ScoreConfig) -> str:
     calibration = None if config.calibration is None else Calibration.from_file(config.calibration)
     if calibration is not None:
         calibration.check(opened.scorer)
-    store_path = config.store or f"{output}.store.sqlite"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    engine = _engine(config, opened, sources)
     try:
-        with Store(store_path) as store, bars() as progress:
-            outcome = fill(
-                source.rows,
-                _engine(config, opened, sources),
-                store,
-                maker=opened.maker,
-                keep_failures=config.on_error == "keep",
-                progress=lambda done: progress("scored", done, source.count),
-            )
-            rows = scored_rows(
-                source.rows,
-                store,
-                maker=opened.maker,
-                scorer=opened.scorer,
-                outcome=outcome,
-                calibration=calibration,
-            )
-            written = opened.scorer if calibration is None else {**opened.scorer, "calibration": calibration.sha256}
-            write_rows(output, rows, None if output.suffix == ".jsonl" else output_schema(source, written))
+        *done, kept = scored_dataset(
+            config, source, engine, maker=opened.maker, scorer=opened.scorer, calibration=calibration
+        )
     finally:
         if opened.server is not None:
             opened.server.client.close()
-    return "\n".join([*_summary(config, outcome, opened), f"The scores are kept in {store_path}."])
+    return "\n".join([*done, *_more(opened), kept])
 
 
 def _engine(config: ScoreConfig, opened: "Opened", sources: Sequence[str | None]) -> "Engine":
@@ -92,23 +72,8 @@ def _engine(config: ScoreConfig, opened: "Opened", sources: Sequence[str | None]
     )
 
 
-def output_schema(source: Any, scorer: dict[str, Any]) -> Any:
-    """The columns of the output: those of the input and `safety`, whose types are known beforehand."""
-    from safeshape.signals.column import safety_type
-    from safeshape.sources import schema_of, with_column
-
-    schema = source.schema if source.schema is not None else schema_of(source.rows())
-    return with_column(schema, "safety", safety_type(scorer))
-
-
-def _summary(config: ScoreConfig, outcome: "Outcome", opened: "Opened") -> list[str]:
-    lines = [
-        f"scored {outcome.rows - outcome.failed} rows ({outcome.scored} now, {outcome.reused} from the store), "
-        f"{outcome.unsafe} with p_safe below 0.5; wrote {config.output}"
-    ]
-    if outcome.failed:
-        noun = "row" if outcome.failed == 1 else "rows"
-        lines.append(f"{outcome.failed} {noun} failed (first: {outcome.first_failure})")
+def _more(opened: "Opened") -> list[str]:
+    lines = []
     if opened.refined is not None and opened.refined.rows:
         report, worst = opened.refined, opened.refined.largest_deviation
         lines.append(

@@ -19,7 +19,7 @@ def test_an_answer_that_is_the_refusal_is_as_safe_as_not(tokenizer):
     signal = AntibodySignal(tiny_model(), tokenizer, refusal="no no")
     score = next(signal.score_many([conversation("one", "no no")]))
     assert score.p_safe == pytest.approx(0.5, abs=1e-6)
-    assert score.scorer == {"name": "antibody", "refusal": "no no", "tau": 1.0}
+    assert score.scorer == {"name": "antibody", "model": "", "refusal": "no no", "tau": 1.0}
 
 
 def test_the_score_is_the_sigmoid_of_the_margin_and_depends_on_no_other_row(tokenizer):
