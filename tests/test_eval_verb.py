@@ -19,7 +19,7 @@ from safeshape.evals import Task
 from safeshape.report.rows import read_outcomes, read_results
 from safeshape.signals.judges import Judge
 from safeshape.store import Store
-from safeshape.verbs.eval_setup import made_by
+from safeshape.verbs.eval_setup import made_by, on_world
 from safeshape.world import path as world_path
 
 ROOT = Path(__file__).parents[1]
@@ -437,6 +437,18 @@ def test_a_real_server_answers_as_the_model_in_process(run, tmp_path, capsys):
     )
     assert remote == local
     assert rows_of(tmp_path / "served")["attack_success"].model == NAME
+
+
+def test_a_model_tuned_from_the_worlds_is_of_the_world_whatever_judges(tmp_path):
+    def of_world(start):
+        (tmp_path / "safeshape.json").write_text(json.dumps({"model": start, "policy": {"name": "star"}}))
+        return on_world(EvalConfig(tasks=["gsm8k"], output_dir="o", model_name_or_path=str(tmp_path)))
+
+    assert of_world("world:llama")
+    assert of_world(world_path("llama"))
+    assert not of_world("models/llama-3")
+    assert on_world(EvalConfig(tasks=["gsm8k"], output_dir="o", model_name_or_path="world:llama"))
+    assert not on_world(EvalConfig(tasks=["gsm8k"], output_dir="o", model_name_or_path="models/llama-3"))
 
 
 def test_rows_are_named_by_the_record_of_the_training(tmp_path):

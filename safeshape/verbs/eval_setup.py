@@ -20,6 +20,7 @@ from safeshape.evals.measuring import Names
 from safeshape.evals.scorers import Tools, check_scorers, check_tools
 from safeshape.evals.suites import OWN, SUITES, load_suite
 from safeshape.provenance import RECORD
+from safeshape.report.from_world import is_world
 from safeshape.signals.ensembles import load_scorer
 from safeshape.signals.judges import Judge, Judging
 from safeshape.signals.judges.in_process import InProcess
@@ -85,8 +86,8 @@ def _for_this_run(config: EvalConfig, task: Task) -> Task:
 
 def on_world(config: EvalConfig) -> bool:
     """Whether all numbers of the run are of the embedded world, whatever is asked: its model, judge or guard is."""
-    judges = _worlds_judges(config.judge, config.guard, config.guard_model)
-    return bool(judges) or str(config.model_name_or_path).startswith("world:")
+    started_from = (_record(config) or {}).get("model", config.model_name_or_path)
+    return bool(_worlds_judges(config.judge, config.guard, config.guard_model)) or is_world(started_from)
 
 
 def refuse_worlds_judges(task: Task, judge: str | None, guard: str | None, guard_model: str | None) -> None:
@@ -108,15 +109,24 @@ def made_by(config: EvalConfig) -> tuple[str, str]:
 
     Models tuned from one model bear its name, so that a report compares them. Errors: ValueError for a broken record.
     """
-    name = str(config.model_name_or_path or config.server_model)
-    path = Path(name) / RECORD
-    if config.model_name_or_path is None or not path.is_file():
+    name, record = str(config.model_name_or_path or config.server_model), _record(config)
+    if record is None:
         return name, "none"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
         made = record["policy"] if record.get("defence") is None else record["defence"]
         return Path(record["model"]).name, str(made["name"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{name}/{RECORD} is no record of a training: {error!r}; give --name and --defence") from error
+
+
+def _record(config: EvalConfig) -> dict[str, Any] | None:
+    """`safeshape.json` of the model's folder, where it has one. Errors: ValueError for a broken one."""
+    path = Path(str(config.model_name_or_path)) / RECORD
+    if config.model_name_or_path is None or not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no record of a training: {error!r}; give --name and --defence") from error
 
 
