@@ -16,7 +16,7 @@ from safeshape.attacks import data_attack
 from safeshape.attacks.adaptive import scorer_of
 from safeshape.bench.matrix import Cell
 from safeshape.config import ScoreConfig
-from safeshape.defences import Defence, resolve_defence, run_defence
+from safeshape.defences import Defence, NothingToTrain, resolve_defence, run_defence
 from safeshape.defences.records import Model
 from safeshape.models import load
 from safeshape.signals.antibody import AntibodySignal
@@ -91,15 +91,26 @@ def train_cell(cell: Cell, folder: Path, store: Store) -> Trained:
     if "scores" in defence.needs:
         rows = missed(scored(rows, cell, given, defence, (model, tokenizer), store), float(given["guard_misses"]))
     lora = int(given["lora_rank"])
-    out = run_defence(
+    return defended(
         defence,
         model,
         tokenizer,
         fine_tuning(given, cell.seed, folder),
+        report,
         train_dataset=rows,
         peft_config=LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear") if lora else None,
         **needed(defence, cell, given),
     )
+
+
+def defended(defence: Defence, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SFTConfig,
+             report: Mapping[str, Any], **given: Any) -> Trained:  # fmt: skip
+    """The run of a defence; where it leaves no row to train on, the model as it was, and the report says so."""
+    try:
+        out = run_defence(defence, model, tokenizer, args, **given)
+    except NothingToTrain:
+        left = {**report, "nothing_to_train": True}
+        return Trained(model=model.eval(), tokenizer=tokenizer, system_prompt=None, report=left)
     return Trained(model=out.model, tokenizer=tokenizer, system_prompt=out.system_prompt, report=report)
 
 

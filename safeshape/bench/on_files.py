@@ -12,10 +12,10 @@ from safeshape import world
 from safeshape.attacks import Attacked, Pools, data_attack
 from safeshape.attacks.records import POOLS
 from safeshape.attacks.rows import conversations_of, prompts_of
-from safeshape.bench.in_world import UNTOUCHED, Trained, fine_tuning
+from safeshape.bench.in_world import UNTOUCHED, Trained, defended, fine_tuning
 from safeshape.bench.matrix import Cell
 from safeshape.config import ScoreConfig, validated
-from safeshape.defences import resolve_defence, run_defence
+from safeshape.defences import resolve_defence
 from safeshape.models import load
 from safeshape.signals.column import fill, scored_rows
 from safeshape.signals.engines import local
@@ -101,17 +101,17 @@ def train_cell(cell: Cell, folder: Path, store: Store) -> Trained:
         rows = scored(rows, given, (model, tokenizer), store)
     lora = int(given["lora_rank"])
     data = {key: _dataset(given[key]) for key in ("safe_data", "harmful_data") if key in defence.needs}
-    out = run_defence(
+    return defended(
         defence,
         model,
         tokenizer,
         fine_tuning(given, cell.seed, folder),
+        report,
         train_dataset=rows,
         peft_config=LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear") if lora else None,
         base=load(model_path(given["base_model"]))[0] if "base_model" in defence.needs else None,
         **data,
     )
-    return Trained(model=out.model, tokenizer=tokenizer, system_prompt=out.system_prompt, report=report)
 
 
 def attacked(cell: Cell, given: Mapping[str, Any]) -> tuple[Dataset, Mapping[str, Any]]:

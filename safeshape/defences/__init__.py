@@ -1,7 +1,7 @@
 """Defences: values that say what happens to data, gradients and weights so that a fine-tuned model stays safe."""
 
 from safeshape.defences.data import with_system_prompt
-from safeshape.defences.records import Context, Defence
+from safeshape.defences.records import Context, Defence, NothingToTrain
 from safeshape.defences.run import Defended, check_defence, run_defence, save_defended
 from safeshape.defences.stepping import Loop, Stepper
 from safeshape.defences.table import DEFENCES, resolve_defence
@@ -14,6 +14,7 @@ __all__ = [
     "Defended",
     "DefendedTrainer",
     "Loop",
+    "NothingToTrain",
     "Stepper",
     "check_defence",
     "resolve_defence",

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from safeshape.data import conversation
 from safeshape.defences.nested import text_only
-from safeshape.defences.records import Context, Defence, generator, required, within
+from safeshape.defences.records import Context, Defence, NothingToTrain, generator, required, within
 from safeshape.signals.align import read_safety
 
 # Llama 2's default system prompt in one sentence; PTST's gains do not hang on its words.
@@ -64,7 +64,7 @@ def drop_risky(*, threshold: float = 0.5) -> Defence:
     def prepare(dataset: Dataset, context: Context) -> Dataset:
         kept = [index for index, row in enumerate(dataset) if row_p_safe(row, index) >= threshold]
         if not kept:
-            raise ValueError(f"every row scores below {threshold}, so nothing is left to train on")
+            raise NothingToTrain(f"every row scores below {threshold}, so nothing is left to train on")
         return dataset.select(kept)
 
     return Defence(

@@ -20,6 +20,10 @@ Trained = Literal["any", "lora", "full"]
 Model: TypeAlias = PreTrainedModel | PeftModel
 
 
+class NothingToTrain(ValueError):
+    """A defence left no row of the user's to train on: the model stays as it is."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """What a defence may use beside the user's data.

@@ -3,13 +3,17 @@
 import json
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset
 
+from safeshape import world
 from safeshape.bench import Cell
 from safeshape.bench.cell import axes, run_cell
-from safeshape.bench.in_world import attacked, missed, settings_of
+from safeshape.bench.in_world import attacked, missed, settings_of, train_cell
 from safeshape.cli import main
+from safeshape.models import load
+from safeshape.store import Store
 
 
 def cell(defence="untouched", attack=None, **settings):
@@ -52,6 +56,15 @@ def test_misses_turn_that_share_of_the_attackers_rows_safe_and_keep_the_fewer():
     assert missed(scored, 0.0) is scored
     with pytest.raises(ValueError, match=r"guard_misses must lie in \[0, 1\]"):
         missed(Dataset.from_list([]), 1.5)
+
+
+def test_where_every_row_is_dropped_the_model_stays_as_it_was(tmp_path):
+    dropped = cell("drop_risky", attack={"name": "harmful_only"}, rows=6, epochs=1, safe_rows=4, prompts=2)
+    with Store(tmp_path / "scores.sqlite") as store:
+        found = train_cell(dropped, tmp_path, store)
+    before = load(world.path("llama"))[0].state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in found.model.state_dict().items())
+    assert found.report["nothing_to_train"] is True
 
 
 def test_rows_carry_every_setting_that_tells_cells_apart():
