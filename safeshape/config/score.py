@@ -7,10 +7,11 @@ from pydantic import field_validator
 from pydantic.dataclasses import dataclass
 
 from safeshape.config.parser import STRICT, option
+from safeshape.config.scoring import ScoringSettings
 
 
 @dataclass(config=STRICT, kw_only=True)
-class ScoreConfig:
+class ScoreConfig(ScoringSettings):
     """Score every partial answer of a dataset with a guard (STAR) and write it with a `safety` column.
 
     A killed run goes on where it was when it is started again. `safeshape score calibrate`, `safeshape score view` and
@@ -18,11 +19,6 @@ class ScoreConfig:
     --help.
     """
 
-    dataset_name: str = option(
-        help="a JSONL, JSON, CSV or Parquet file, a folder of JSONL or Parquet shards, a saved dataset, or a Hub id"
-    )
-    output: str = option(help="where to write: a .jsonl or .parquet file, or a folder for a saved dataset")
-    dataset_split: str = option("train", help="split to use of a Hub dataset or dataset dict")
     guard: list[str] = field(
         default_factory=lambda: ["world"],
         metadata={"help": "row of the guard table, or a YAML file with a row; several, or a+b, are combined"},
@@ -47,10 +43,6 @@ class ScoreConfig:
     batch_size: int = option(64, help="partial answers per forward")
     device: str = option("cpu", help="torch device of the guard")
     dtype: str = option("float32", help="torch dtype of the guard's weights")
-    store: str | None = option(None, help="file that keeps scores as they arrive (default: OUTPUT.store.sqlite)")
-    on_error: Literal["stop", "keep"] = option(
-        "stop", help="a row that fails: stop, or keep it with p_safe null and the reason"
-    )
     engine: Literal["local", "ray"] = option("local", help="score in this process, or with actors of Ray Data")
     actors: int = option(2, help="ray: how many actors, each with a guard of its own")
     server: str | None = option(None, help="address of an OpenAI-compatible server that runs the guard's weights")

@@ -2,31 +2,23 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
+
+from safeshape.config.scoring import ScoringSettings
 
 if TYPE_CHECKING:
     from safeshape.signals.calibration import Calibration
     from safeshape.signals.column import Engine
 
 
-class Settings(Protocol):
-    """What the settings of such a verb have in common."""
-
-    dataset_name: str
-    dataset_split: str
-    output: str
-    store: str | None
-    on_error: Literal["stop", "keep"]
-
-
-def check_output(config: Settings) -> None:
+def check_output(config: ScoringSettings) -> None:
     """Errors: ValueError where the output exists already."""
     if Path(config.output).exists():
         raise ValueError(f"output {config.output} exists already")
 
 
 def scored_dataset(
-    config: Settings,
+    config: ScoringSettings,
     source: Any,
     engine: "Engine",
     *,
