@@ -33,6 +33,7 @@ from safeshape.signals.guard_texts import (
     SHIELD_GUIDELINE,
     WILDGUARD,
 )
+from safeshape.signals.plain_text import as_plain
 from safeshape.signals.sharpen import Sharpen, sharpened
 
 
@@ -135,7 +136,7 @@ def shown(row: GuardRow, messages: Sequence[Message], partial: str) -> list[dict
 def render(row: GuardRow, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], partial: str) -> str:
     """The text the guard reads for a partial answer, up to where its own answer begins.
 
-    `messages`: the conversation; its last message gives way to `partial`.
+    `messages`: the conversation; its last message gives way to `partial`. Special tokens in them are plain text.
     Errors: ValueError when the chat template rejects the conversation.
     """
     options: dict[str, Any] = {"add_generation_prompt": not row.open_turn, "continue_final_message": row.open_turn}
@@ -143,9 +144,25 @@ def render(row: GuardRow, tokenizer: PreTrainedTokenizerBase, messages: Sequence
         options["chat_template"] = row.chat_template
     options |= row.template
     try:
-        return str(tokenizer.apply_chat_template(shown(row, messages, partial), tokenize=False, **options))
+        plain = shown(row, *_as_plain(messages, partial, tokenizer))
+        return str(tokenizer.apply_chat_template(plain, tokenize=False, **options))
     except (TemplateError, TypeError) as error:
         raise ValueError(f"the guard's chat template rejects the conversation: {error}") from error
+
+
+def _as_plain(
+    messages: Sequence[Message], partial: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Message], str]:
+    """All texts without special tokens; a partial answer has the letters of the whole, also where it cuts a token."""
+    plain = [
+        {**message, "content": as_plain(message["content"], tokenizer)}
+        if isinstance(message.get("content"), str) else message
+        for message in messages
+    ]  # fmt: skip
+    whole = messages[-1].get("content") if messages else None
+    if isinstance(whole, str) and whole.startswith(partial):
+        return plain, plain[-1]["content"][: len(partial)]
+    return plain, as_plain(partial, tokenizer)
 
 
 def reads(row: GuardRow) -> list[tuple[int, ...]]:

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from safeshape.data import Message, Rendered, encode
 from safeshape.signals.chunks import Unit
 from safeshape.signals.guard_rows import GuardRow, class_share, fingerprint, render
+from safeshape.signals.plain_text import as_plain
 from safeshape.signals.reading import Failure, Item, Reading, Scoring
 
 
@@ -131,7 +132,7 @@ class StreamGuard(Scoring):
         """The tokens of the conversation, the answer's first token, and the token read for each end."""
         answer = messages[-1]["content"]
         text = render(self.row, self.tokenizer, messages, answer)
-        start, stripped = answer_place(text, answer)
+        start, stripped = answer_place(text, as_plain(answer, self.tokenizer))
         ids, offsets = encode(Rendered(text=text, turns=(), special=self.row.special_tokens), self.tokenizer)
         first, places = tokens_at(offsets, start, [start + max(end - stripped, 1) for end in ends])
         return ids, first, places
