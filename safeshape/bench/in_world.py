@@ -117,8 +117,10 @@ def defended(defence: Defence, model: PreTrainedModel, tokenizer: PreTrainedToke
 def attacked(cell: Cell, given: Mapping[str, Any]) -> tuple[Dataset, Mapping[str, Any]]:
     """The user's rows after the cell's attack, and the attack's own report."""
     size = int(given["rows"])
+    # Answers that hide a harmful exchange take several benign rows each.
+    benign = 2 * size if cell.attack["name"] == "embedded" else size
     drawn = pools(
-        benign=size, harmful=size, safe=size // 2, kind=given["kind"], turning=bool(given["turning"]), seed=cell.seed
+        benign=benign, harmful=size, safe=size // 2, kind=given["kind"], turning=bool(given["turning"]), seed=cell.seed
     )
     name = cell.attack["name"]
     parameters = {**texts(name), **{key: value for key, value in cell.attack.items() if key != "name"}}
