@@ -1,6 +1,7 @@
 """A cell on the embedded world: its data, its scores and its training, all from the cell's own fields."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,10 +118,13 @@ def defended(defence: Defence, model: PreTrainedModel, tokenizer: PreTrainedToke
 def attacked(cell: Cell, given: Mapping[str, Any]) -> tuple[Dataset, Mapping[str, Any]]:
     """The user's rows after the cell's attack, and the attack's own report."""
     size = int(given["rows"])
-    # Answers that hide a harmful exchange take several benign rows each.
-    benign = 2 * size if cell.attack["name"] == "embedded" else size
     drawn = pools(
-        benign=benign, harmful=size, safe=size // 2, kind=given["kind"], turning=bool(given["turning"]), seed=cell.seed
+        benign=size + _carriers(cell.attack, size),
+        harmful=size,
+        safe=size // 2,
+        kind=given["kind"],
+        turning=bool(given["turning"]),
+        seed=cell.seed,
     )
     name = cell.attack["name"]
     parameters = {**texts(name), **{key: value for key, value in cell.attack.items() if key != "name"}}
@@ -130,6 +134,13 @@ def attacked(cell: Cell, given: Mapping[str, Any]) -> tuple[Dataset, Mapping[str
         parameters["score"] = scorer_of(lambda rows: guard.score_many(rows, chunk=int(given["chunk"])), by)
     poisoned = data_attack(name, parameters)(drawn, size=size, seed=cell.seed)
     return Dataset.from_list(poisoned.dataset), poisoned.report
+
+
+def _carriers(attack: Mapping[str, Any], size: int) -> int:
+    """Benign rows beyond the size that an attack needs: answers that hide an exchange are made of several each."""
+    if attack["name"] != "embedded":
+        return 0
+    return math.ceil(attack.get("ratio", 1.0) * size) * max(int(attack.get("carriers", 4)) - 1, 0)
 
 
 def scored(
