@@ -8,6 +8,7 @@ import yaml
 from safeshape.bench import read_matrix
 from safeshape.bench.cell import check_cell
 from safeshape.bench.defences_page import Run, defences_page, score, teaching, worst
+from safeshape.bench.in_world import attacked, settings_of
 from safeshape.defences.cost import Cost
 
 ROOT = Path(__file__).parents[2]
@@ -123,5 +124,10 @@ def test_the_shipped_matrix_has_every_method_and_what_the_page_shows():
         names = [cell.defence["name"] for cell in tried]
         assert {names.count(name) for name in names} == {3}
         assert {cell.seed for cell in tried}.isdisjoint(range(seeds))
+        # Every attack finds its rows; the adaptive one, which scores them first, takes as many as `mixed`.
+        attacks = {spelt(cells[key].attack): cells[key] for key in found.experiments["one_family"]}
+        for cell in attacks.values():
+            if cell.attack["name"] != "adaptive":
+                assert len(attacked(cell, settings_of(cell))[0]) == cell.settings["rows"]
     for cell in found.cells:
         check_cell(cell)
