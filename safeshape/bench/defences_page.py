@@ -24,8 +24,8 @@ COLUMNS = {
     "task_accuracy": "task",
     "skill_accuracy": "other skills",
 }
-SUMMARY = ("method", "stage", "needs", "cost", "score", "attack success", "worst attack", "over-refusal", "task",
-           "other skills")  # fmt: skip
+SUMMARY = ("method", "stage", "needs", "cost", "score", "attack success, worst way of asking", "worst attack",
+           "over-refusal", "task", "other skills")  # fmt: skip
 INTRODUCTION = """\
 This page is written by `safeshape bench` from the rows of `recipes/bench/defences.yaml`, never by hand; the notes
 marked "Notes" are ours, from `recipes/bench/defences-notes.yaml`. Every method has its `Differs:` line in
