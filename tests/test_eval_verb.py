@@ -465,4 +465,8 @@ def test_rows_are_named_by_the_record_of_the_training(tmp_path):
         named({"model": "m"})
     (tmp_path / "safeshape.json").unlink()
     plain = EvalConfig(tasks=["world"], output_dir="o", model_name_or_path="some/model", judge="world")
-    assert made_by(plain) == ("some/model", "none")
+    assert made_by(plain) == ("model", "none")
+    before = EvalConfig(tasks=["world"], output_dir="o", model_name_or_path="models/llama-3", judge="world")
+    assert made_by(before)[0] == named(record)[0]  # before and after stand under one name
+    assert named({**record, "model": world_path("llama")})[0] == "world:llama"
+    (tmp_path / "safeshape.json").unlink()

@@ -140,7 +140,7 @@ def _carriers(attack: Mapping[str, Any], size: int) -> int:
     """Benign rows beyond the size that an attack needs: answers that hide an exchange are made of several each."""
     if attack["name"] != "embedded":
         return 0
-    return math.ceil(attack.get("ratio", 1.0) * size) * max(int(attack.get("carriers", 4)) - 1, 0)
+    return math.ceil(float(attack.get("ratio", 1.0)) * size) * max(int(attack.get("carriers", 4)) - 1, 0)
 
 
 def scored(

@@ -111,12 +111,18 @@ def made_by(config: EvalConfig) -> tuple[str, str]:
     """
     name, record = str(config.model_name_or_path or config.server_model), _record(config)
     if record is None:
-        return name, "none"
+        return _called(name), "none"
     try:
         made = record["policy"] if record.get("defence") is None else record["defence"]
-        return Path(record["model"]).name, str(made["name"])
+        return _called(record["model"]), str(made["name"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{name}/{RECORD} is no record of a training: {error!r}; give --name and --defence") from error
+
+
+def _called(model: str) -> str:
+    """A model's short name, the same for the model itself and for what was tuned from it; no folder of the machine."""
+    short = Path(model).name or model
+    return f"world:{short.removeprefix('world:')}" if is_world(model) else short
 
 
 def _record(config: EvalConfig) -> dict[str, Any] | None:
