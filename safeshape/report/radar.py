@@ -47,7 +47,9 @@ def radar_figure(rows: Sequence[Row], metric: str, text: str = "") -> Figure:
     categories, found = by_category(rows, metric)
     unit: Unit = unit_of(metric, [row for row in rows if row.metric == metric])
     scale, size = SCALE[unit], len(categories)
-    figure = Figure(figsize=(7.6, 7.2), layout="constrained")
+    shown = [plain(name).replace(" and ", " and\n") for name in categories]
+    beside = 0.09 * max(len(line) for name in shown for line in name.splitlines())  # inches of a name at either side
+    figure = Figure(figsize=(6.4 + 2 * beside, 7.2), layout="constrained")
     axis = cast(PolarAxes, figure.add_subplot(projection="polar"))
     angles = [2 * math.pi * place / size for place in range(size)]
     for place, (defence, cells) in enumerate(found.items()):
@@ -62,7 +64,7 @@ def radar_figure(rows: Sequence[Row], metric: str, text: str = "") -> Figure:
         axis.errorbar(turned, values, yerr=lengths, fmt="none", ecolor=look["color"], elinewidth=1.2, capsize=2)
     axis.set_theta_offset(math.pi / 2)
     axis.set_theta_direction(-1)
-    names = axis.set_xticks(angles, [plain(name).replace(" and ", " and\n") for name in categories])
+    names = axis.set_xticks(angles, shown)
     for angle, tick in zip(angles, names, strict=True):
         side = math.sin(angle)  # names on the right begin at the circle, those on the left end there
         tick.label1.set_horizontalalignment("center" if abs(side) < 0.2 else "left" if side > 0 else "right")
