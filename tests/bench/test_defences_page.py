@@ -1,17 +1,11 @@
 """The page of all defences against rows whose numbers can be seen by hand."""
 
-from pathlib import Path
-
 import pytest
-import yaml
 
 from safeshape.bench import read_matrix
-from safeshape.bench.cell import check_cell
 from safeshape.bench.defences_page import Run, defences_page, score, teaching, worst
-from safeshape.bench.in_world import attacked, settings_of
 from safeshape.defences.cost import Cost
 
-ROOT = Path(__file__).parents[2]
 MIXED = {"name": "mixed", "ratio": 0.1}
 TASK = {"mixed ratio=0.1": 0.8, "harmful_only": 0.0}
 SUCCESS = {"untouched": 0.0, "sft": 1.0, "star": 0.1, "lisa": 0.5, "lisa rho=0.1": 0.4}
@@ -104,30 +98,3 @@ def test_missing_seeds_are_said():
             if not (c.seed == 1 and c.defence["name"] == "star" and c.attack == MIXED)}  # fmt: skip
     text = defences_page(found, rows, facts={}, notes={}, costs={})
     assert "| star (1 seeds missing) |" in text.split("## world:llama, mixed")[1].split("##")[0]
-
-
-def test_the_shipped_matrix_has_every_method_and_what_the_page_shows():
-    from safeshape.defences import DEFENCES
-
-    recipe = yaml.safe_load((ROOT / "recipes" / "bench" / "defences.yaml").read_text())
-    for scale, seeds in (("default", 3), ("full", 10)):
-        found = read_matrix(recipe["experiments"], recipe["settings"], recipe["scales"], scale)
-        cells = {cell.key(): cell for cell in found.cells}
-        for name, count in (("one_family", len(DEFENCES)), ("three_families", 11)):
-            own = [cells[key] for key in found.experiments[name]]
-            assert len({spelt(cell.defence) for cell in own}) == count
-            assert {cell.seed for cell in own} == set(range(seeds))
-            assert len({spelt(cell.attack) for cell in own}) == 8
-        assert {cells[key].defence["name"] for key in found.experiments["one_family"]} == set(DEFENCES)
-        # The same budget for every method: three values, with a seed that no other table has.
-        tried = [cells[key] for key in found.experiments["search"]]
-        names = [cell.defence["name"] for cell in tried]
-        assert {names.count(name) for name in names} == {3}
-        assert {cell.seed for cell in tried}.isdisjoint(range(seeds))
-        # Every attack finds its rows; the adaptive one, which scores them first, takes as many as `mixed`.
-        attacks = {spelt(cells[key].attack): cells[key] for key in found.experiments["one_family"]}
-        for cell in attacks.values():
-            if cell.attack["name"] != "adaptive":
-                assert len(attacked(cell, settings_of(cell))[0]) == cell.settings["rows"]
-    for cell in found.cells:
-        check_cell(cell)

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from safeshape.attacks import data_attack
-from safeshape.bench.in_world import settings_of
+from safeshape.bench.in_world import attacked, settings_of
 from safeshape.bench.matrix import read_matrix
 from safeshape.defences import DEFENCES, resolve_defence
 from safeshape.world.pools import texts
@@ -53,7 +53,17 @@ def test_the_search_gives_every_method_the_same_budget_on_a_seed_of_its_own():
     assert not searched & {cell.seed for name, several in found.items() if name != "search" for cell in several}
 
 
-def test_ten_methods_go_on_to_the_other_families():
+def test_every_attack_finds_its_rows():
+    """The adaptive one, which scores them first, takes as many as `mixed`."""
+    for scale in ("default", "full"):
+        for cell in {cell.attack["name"]: cell for cell in cells(scale)["one_family"]}.values():
+            if cell.attack["name"] != "adaptive":
+                assert len(attacked(cell, settings_of(cell))[0]) == cell.settings["rows"]
+
+
+def test_plain_fine_tuning_and_ten_methods_go_on_to_the_other_families_as_they_were():
     found = cells()["three_families"]
-    assert len({str(cell.defence) for cell in found}) == 10
+    defences = {str(cell.defence) for cell in found}
+    assert len(defences - {"{'name': 'sft'}"}) == 10
+    assert defences < {str(cell.defence) for cell in cells()["one_family"]}
     assert {cell.model for cell in found} == {"world:qwen3", "world:phi3"}
