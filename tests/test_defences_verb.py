@@ -41,6 +41,7 @@ def test_costs_are_read_from_the_file_that_is_given(tmp_path, capsys):
     assert costs.count("-") == len(DEFENCES) - 1
 
 
+@pytest.mark.slow
 def test_measuring_writes_what_the_list_reads(tmp_path, capsys):
     path = tmp_path / "costs.json"
     flags = [

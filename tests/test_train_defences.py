@@ -166,7 +166,9 @@ KILLED = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(KILLED))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "lisa" else pytest.mark.slow) for name in sorted(KILLED)]
+)
 def test_a_run_killed_with_9_goes_on_as_if_nothing_had_happened(tmp_path, files, monkeypatch, name):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     settings = {"max_steps": 24, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 3, "logging_steps": 1}
